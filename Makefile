@@ -1,0 +1,41 @@
+# make demo: set up and run the demonstration.  make test: set up and run everything CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUT ?= landscape-demo
+
+.PHONY: help demo test check lint bench notebooks clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt torchvision
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
+	touch $@
+
+demo: $(VENV)/.installed ## train, measure, compare with the theory, report (about 6 minutes; resumes)
+	$(BIN)/landscape reproduce --preset demo --out $(OUT)
+
+lint: $(VENV)/.installed-test ## lint, type check, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint ## the quick part of the tests (under 3 minutes)
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test: lint ## lint, type check, import contract and all tests
+	$(BIN)/python -m pytest -n 2 -rs
+
+bench: $(VENV)/.installed-test ## speed, as ratios measured side by side; results under tests/benchmarks/results
+	$(BIN)/python -m tests.benchmarks
+
+clean: ## remove the environment and caches, never a run
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

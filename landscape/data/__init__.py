@@ -1,0 +1,7 @@
+"""Data sets and samplers."""
+
+from landscape.data.dataset import BatchList as BatchList
+from landscape.data.dataset import IndexedData as IndexedData
+from landscape.data.dataset import MapData as MapData
+from landscape.data.dataset import TensorData as TensorData
+from landscape.data.sampling import IndexSampler as IndexSampler

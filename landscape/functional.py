@@ -1,0 +1,275 @@
+"""Many weight vectors of one network at once: the only place with vmap, and with its fallback.
+
+A network is a pure function of a flat weight vector. Weight vectors are stacked along a leading axis,
+
+    weights (L, d), buffers {name: (L, ...)}, batches (L, B, ...)  ->  losses (L, B), gradients (L, d), new buffers,
+
+so that all learners of all replicas advance as one batched program. Training steps, noise draws, full gradients and
+landscape slices all come through here. Where a network cannot be batched (data-dependent control flow, an operation
+without a batching rule) the same functions take one weight vector at a time and say so once.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from landscape.losses import ExampleLoss, LossFunction, as_example_loss
+
+Buffers = dict[str, Tensor]
+"""BatchNorm statistics and the like, {name: (L, ...)}."""
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Where each parameter lies in a flat weight vector, in named_parameters order (tied weights once)."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @staticmethod
+    def of(module: nn.Module) -> ParameterLayout:
+        """The layout of a module's parameters that require a gradient."""
+        kept = [(name, p.shape) for name, p in module.named_parameters() if p.requires_grad]
+        if not kept:
+            raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
+        return ParameterLayout(tuple(n for n, _ in kept), tuple(s for _, s in kept))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return [shape.numel() for shape in self.shapes]
+
+    @property
+    def num_parameters(self) -> int:
+        """d, the length of a flat weight vector."""
+        return sum(self.sizes)
+
+    def split(self, flat: Float[Tensor, "*L d"]) -> dict[str, Tensor]:
+        """Views (..., *shape) of a flat tensor (..., d), by name."""
+        if flat.shape[-1] != self.num_parameters:
+            raise ValueError(
+                f"a weight vector of {flat.shape[-1]} numbers, for a model of {self.num_parameters} parameters"
+            )
+        pieces = flat.split(self.sizes, dim=-1)
+        return {
+            n: p.unflatten(-1, s) if s else p.squeeze(-1)
+            for n, s, p in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+    def join(self, parameters: Mapping[str, Tensor], lead: int = 0) -> Tensor:
+        """The flat tensor (..., d) of parameters with `lead` leading axes; extra names are left out."""
+        missing = [name for name in self.names if name not in parameters]
+        if missing:
+            raise ValueError(f"parameters missing: {', '.join(missing)}")
+        return torch.cat([parameters[name].flatten(lead) if parameters[name].ndim > lead else parameters[name].unsqueeze(-1)
+                          for name in self.names], dim=-1)  # fmt: skip
+
+
+class FunctionalModel:
+    """A module and a loss as pure functions of stacked flat weights.
+
+    The module given is copied and never touched. Parameters that do not require a gradient stay at their values.
+
+    Args:
+        module: any nn.Module; its train or eval mode is kept (BatchNorm and dropout follow it).
+        loss_fn: see `landscape.losses.as_example_loss`.
+        batched: False takes one weight vector at a time even where vmap would work.
+    """
+
+    def __init__(self, module: nn.Module, loss_fn: ExampleLoss | LossFunction, *, batched: bool = True) -> None:
+        self.module = copy.deepcopy(module)
+        self.layout = ParameterLayout.of(module)
+        self.loss = as_example_loss(loss_fn)
+        self.batched = batched
+        self._fixed = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> FunctionalModel:
+        """A copy on another device and in another floating-point type."""
+        return FunctionalModel(copy.deepcopy(self.module).to(device, dtype), self.loss, batched=self.batched)
+
+    def evaluation(self) -> FunctionalModel:
+        """A copy in eval mode: dropout off, BatchNorm at its running statistics."""
+        return FunctionalModel(copy.deepcopy(self.module).eval(), self.loss, batched=self.batched)
+
+    def initial_weights(self) -> tuple[Float[Tensor, " d"], Buffers]:
+        """The module's own weights (d,), and its buffers."""
+        weights = self.layout.join(dict(self.module.named_parameters())).detach().clone()
+        return weights, {name: b.detach().clone() for name, b in self.module.named_buffers()}
+
+    def state_dict(self, weights: Float[Tensor, " d"], buffers: Buffers) -> dict[str, Tensor]:
+        """Exactly the names of the module's state_dict, tied weights under each of theirs."""
+        held = {**self._fixed, **self.layout.split(weights), **buffers}
+        first = {id(p): n for n, p in self.module.named_parameters()}
+        full = self.module.state_dict(keep_vars=True)
+        return {name: held[name] if name in held else held[first[id(t)]] for name, t in full.items()}
+
+    # One weight vector -------------------------------------------------------------------------------------------
+
+    def output(self, weights: Tensor, buffers: Buffers, inputs: Any) -> Any:
+        """The network's output at one flat weight vector (d,); buffers that the module updates are updated in place."""
+        return functional_call(self.module, {**self._fixed, **self.layout.split(weights), **buffers}, (inputs,))
+
+    def example_losses(self, weights: Tensor, buffers: Buffers, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Contributions (B,) and weights (B,) of the examples at one flat weight vector (d,)."""
+        return self._example_losses(self.layout.split(weights), buffers, inputs, targets)
+
+    def _example_losses(
+        self, parameters: dict[str, Tensor], buffers: Buffers, inputs: Any, targets: Any
+    ) -> tuple[Tensor, Tensor]:
+        output = functional_call(self.module, {**self._fixed, **parameters, **buffers}, (inputs,))
+        contributions, example_weights = self.loss(output, targets)
+        if contributions.ndim != 1:
+            raise ValueError(
+                f"the loss returned a tensor of shape {tuple(contributions.shape)}, not one number per example; return "
+                "per-example losses (reduction='none') or use one of torch's losses"
+            )
+        return contributions, example_weights
+
+    # Stacked weight vectors --------------------------------------------------------------------------------------
+
+    def losses(
+        self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, targets: Any, *, shared: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Contributions and example weights, each (L, B), without gradients.
+
+        Args:
+            weights: stacked flat weights.
+            buffers: stacked buffers {name: (L, ...)}.
+            inputs: (L, B, ...), or (B, ...) for all weight vectors alike when `shared`.
+            targets: as inputs.
+            shared: whether the batch is one for all.
+        """
+
+        def run(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+            return self.example_losses(w, _clone(b), x, y)
+
+        with torch.no_grad():
+            return self._map(run, run, weights, buffers, inputs, targets, _axes(shared))
+
+    def outputs(self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, *, shared: bool = False) -> Tensor:
+        """The network's outputs (L, B, ...), without gradients; arguments as for `losses`."""
+
+        def run(w: Tensor, b: Buffers, x: Any, _: Any) -> tuple[Tensor]:
+            return (self.output(w, _clone(b), x),)
+
+        with torch.no_grad():
+            return self._map(run, run, weights, buffers, inputs, None, _axes(shared))[0]
+
+    def summed_gradients(
+        self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, targets: Any, *, shared: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Buffers]:
+        """Gradients of the summed contributions, for minibatches and for streaming over a data set.
+
+        Returns:
+            summed contributions (L,), summed example weights (L,), gradients of the first (L, d), and the new buffers.
+            A mean-reduced loss and its gradient are the first and third divided by the second.
+        """
+
+        batched, single = self._gradient_functions()
+        summed, norm, gradients, fresh = self._map(batched, single, weights, buffers, inputs, targets, _axes(shared))
+        return summed, norm, self.layout.join(gradients, lead=1), fresh
+
+    def example_gradients(
+        self, weights: Float[Tensor, " d"], buffers: Buffers, inputs: Any, targets: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Per-example gradients (B, d) of the contributions at one weight vector, and the example weights (B,).
+
+        Each example is a batch of its own, so a network with batch statistics must be in eval mode.
+        """
+        lone = (inputs.unsqueeze(1), targets.unsqueeze(1))
+        batched, single = self._gradient_functions()
+        _, norm, gradients, _ = self._map(batched, single, weights, buffers, *lone, axes=(None, 0))
+        return self.layout.join(gradients, lead=1), norm
+
+    def _gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """(summed contributions, summed weights, gradients by name, new buffers) of one weight vector, for vmap and alone."""
+
+        def total(
+            parameters: dict[str, Tensor], b: Buffers, x: Any, y: Any
+        ) -> tuple[Tensor, tuple[Tensor, Tensor, Buffers]]:
+            fresh = _clone(b)
+            contributions, example_weights = self._example_losses(parameters, fresh, x, y)
+            summed = contributions.sum()
+            return summed, (summed.detach(), example_weights.sum(), fresh)
+
+        def batched(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], Buffers]:
+            gradients, (summed, norm, fresh) = torch.func.grad(total, has_aux=True)(self.layout.split(w), b, x, y)
+            return summed, norm, gradients, fresh
+
+        def single(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], Buffers]:
+            parameters = {n: p.detach().requires_grad_() for n, p in self.layout.split(w).items()}
+            loss, (summed, norm, fresh) = total(parameters, b, x, y)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            return (
+                summed,
+                norm,
+                dict(zip(parameters, gradients, strict=True)),
+                {n: t.detach() for n, t in fresh.items()},
+            )
+
+        return batched, single
+
+    def _map(self, batched: Callable[..., Any], single: Callable[..., Any], weights: Tensor, buffers: Buffers, inputs: Any,
+             targets: Any, axes: tuple[int | None, int | None]) -> Any:  # fmt: skip
+        """Map over the leading axis of the weights, the data or both, batched where that works; `axes` are vmap's in_dims."""
+        weight_axis, data_axis = axes
+        if self.batched:
+            dims = (weight_axis, dict.fromkeys(buffers, weight_axis), data_axis, None if targets is None else data_axis)
+            try:
+                return torch.vmap(batched, in_dims=dims, randomness="different")(weights, buffers, inputs, targets)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                results = self._loop(single, weights, buffers, inputs, targets, axes)  # a real mistake raises here too
+                self.batched = False
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(
+                    f"{type(self.module).__name__} cannot be batched over learners ({reason}); taking one at a time from now on",
+                    stacklevel=4,
+                )
+                return results
+        return self._loop(single, weights, buffers, inputs, targets, axes)
+
+    @staticmethod
+    def _loop(single: Callable[..., Any], weights: Tensor, buffers: Buffers, inputs: Any, targets: Any,
+              axes: tuple[int | None, int | None]) -> Any:  # fmt: skip
+        weight_axis, data_axis = axes
+
+        def one(i: int) -> Any:
+            w, b = (weights, buffers) if weight_axis is None else (weights[i], {n: t[i] for n, t in buffers.items()})
+            x, y = (inputs, targets) if data_axis is None else (inputs[i], None if targets is None else targets[i])
+            return single(w, b, x, y)
+
+        return _stack([one(i) for i in range(len(weights) if weight_axis is not None else len(inputs))])
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover range(count)."""
+    for start in range(0, count, max(1, size)):
+        yield slice(start, min(start + max(1, size), count))
+
+
+def _axes(shared: bool) -> tuple[int | None, int | None]:
+    return (0, None) if shared else (0, 0)
+
+
+def _clone(buffers: Buffers) -> Buffers:
+    return {name: b.clone() for name, b in buffers.items()}
+
+
+def _stack(results: list[Any]) -> Any:
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.stack(results)
+    if isinstance(first, dict):
+        return {name: _stack([r[name] for r in results]) for name in first}
+    return tuple(_stack([r[i] for r in results]) for i in range(len(first)))

@@ -1,0 +1,112 @@
+"""The linearised step of one mode: a graph mode mu times a Hessian mode lambda (theory.md sec. 6).
+
+On a quadratic with additive gradient noise every algorithm acts on a mode (mu, lambda) of (w, m), m the momentum buffer
+times alpha, as
+
+    z <- A z + b eps,        z = (w, m),  x = alpha lambda,  eps = alpha times the gradient noise.
+
+One small matrix serves all orders, momentum, dampening and Nesterov; thresholds are where its spectral radius reaches 1, stationary
+variances solve a 2 x 2 Lyapunov equation. theory.md's closed forms are special cases, and the tests hold them against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from landscape.training.topology import Topology
+
+
+@dataclass(frozen=True)
+class LocalRule:
+    """What of the optimiser matters to a mode; order "ssgd" is the mean mode under all-reduce."""
+
+    order: str = "awc"
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    def matrices(self, mu: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A (..., 2, 2) and b (..., 2) for broadcast modes mu and x = alpha lambda."""
+        mu, x = np.broadcast_arrays(mu, x)
+        beta, keep = self.momentum, 1 - self.dampening
+        start = mu if self.order == "cta" else np.ones_like(mu)  # the gradient point, per unit of w
+        # buffer: m' = beta m + keep (x start w + eps);  direction: u = m', or g + beta m' with Nesterov
+        if beta == 0:
+            m_w, m_m, m_e = x * start, np.zeros_like(mu), np.ones_like(mu)
+            u_w, u_m, u_e = m_w, m_m, m_e
+        else:
+            m_w, m_m, m_e = keep * x * start, np.full_like(mu, beta), np.full_like(mu, keep)
+            g = 1.0 if self.nesterov else 0.0
+            scale = beta if self.nesterov else 1.0
+            u_w, u_m, u_e = g * x * start + scale * m_w, scale * m_m, g + scale * m_e
+        outside = mu if self.order == "atc" else np.ones_like(mu)  # ATC mixes the update too
+        w_w = mu - outside * u_w
+        a = np.stack([np.stack([w_w, -outside * u_m], -1), np.stack([m_w, m_m], -1)], -2)
+        b = np.stack([-outside * u_e, m_e], -1)
+        return a, b
+
+
+def _radius(matrices: np.ndarray) -> np.ndarray:
+    return np.asarray(np.abs(np.linalg.eigvals(matrices)).max(-1))
+
+
+def disagreement_modes(topology: Topology) -> np.ndarray:
+    """Graph modes orthogonal to the vector of ones, (period, n - 1): the joint eigenvalues of the matrices of a period.
+
+    Random pairing has one mode, its mean mubar = (n - 2)/(2 (n - 1)) for even n, (1, n - 1).
+    """
+    n = topology.num_learners
+    if n == 1:
+        return np.empty((1, 0))
+    if topology.kind == "random-pairing":
+        return np.full((1, n - 1), topology.mean_matrix[0, 0] - topology.mean_matrix[0, 1])
+    if topology.is_symmetric and topology.is_static:
+        values, vectors = np.linalg.eigh(topology.mean_matrix)
+        ones = int(np.abs(vectors.sum(0)).argmax())
+        # the eigenvalue 1 may be repeated (a disconnected M): drop one of it only
+        return np.delete(values, int(np.isclose(values, 1).nonzero()[0][-1]) if np.isclose(values, 1).any() else ones)[
+            None
+        ]
+    _, vectors = np.linalg.eig(topology.mean_matrix)
+    unitary, _ = np.linalg.qr(np.concatenate([np.ones((n, 1)), vectors], 1))
+    modes = np.stack([np.einsum("ji,jk,ki->i", unitary.conj(), m, unitary) for m in topology.matrices])[:, 1:]
+    for m in topology.matrices:
+        rotated = unitary.conj().T @ m @ unitary
+        if not np.allclose(rotated, np.diag(np.diag(rotated)), atol=1e-8):
+            raise ValueError(
+                f"topology {topology.name}: its matrices are not normal and commuting, so graph modes do not separate"
+            )
+    return modes
+
+
+def growth(topology: Topology, rule: LocalRule, x: np.ndarray) -> np.ndarray:
+    """Growth per step of the fastest disagreement mode, for each x = alpha lambda; below 1 is stable.
+
+    For random pairing it is the root of the mean-square growth.
+    """
+    x = np.atleast_1d(np.asarray(x, dtype=np.float64))
+    modes = disagreement_modes(topology)
+    if modes.shape[1] == 0:
+        return np.zeros_like(x)
+    if topology.kind == "random-pairing":
+        return np.sqrt(_radius(second_moment_map(modes[:1, 0], x, rule)))
+    product: np.ndarray = np.broadcast_to(np.eye(2), (len(x), modes.shape[1], 2, 2))
+    for mu in modes:
+        product = rule.matrices(mu[None, :], x[:, None])[0] @ product
+    return np.asarray(_radius(product).max(-1) ** (1 / len(modes)))
+
+
+def second_moment_map(mubar: np.ndarray, x: np.ndarray, rule: LocalRule) -> np.ndarray:
+    """E[A kron A] (..., 4, 4) under random pairing: each M is a projection, so every power of mu averages to mubar."""
+    at = [rule.matrices(np.asarray(m, dtype=np.float64), x)[0] for m in (0.0, 1.0)]
+    constant, slope = at[0], at[1] - at[0]
+    mean = _kron(constant, constant) + mubar[..., None, None] * (
+        _kron(constant, slope) + _kron(slope, constant) + _kron(slope, slope)
+    )
+    return np.asarray(mean)
+
+
+def _kron(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("...ij,...kl->...ikjl", a, b).reshape(*a.shape[:-2], 4, 4)

@@ -1,0 +1,117 @@
+"""Stationary variances on a quadratic with additive noise (theory.md sec. 6)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from landscape.theory.modes import LocalRule, disagreement_modes, growth, second_moment_map
+from landscape.training.topology import Topology
+
+
+def stationary_variance(mu: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: LocalRule) -> np.ndarray:
+    """Stationary variance of w in modes (mu, x = alpha lambda).
+
+    Args:
+        mu: graph modes, real or complex.
+        x: alpha lambda, broadcast against mu.
+        noise: alpha^2 c, the variance of alpha times the gradient noise along the mode.
+        rule: order, momentum, dampening, Nesterov.
+
+    Returns:
+        variances, infinite outside stability.
+
+    >>> float(stationary_variance(np.array(0.5), np.array(0.3), np.array(1.0), LocalRule("awc")))  # 1/(1 - (mu - x)^2)
+    1.0416666666666667
+    """
+    a, b = rule.matrices(mu, x)
+    maps = np.einsum("...ij,...kl->...ikjl", a, np.conj(a)).reshape(*a.shape[:-2], 4, 4)
+    return _solve(maps, b, noise, np.abs(np.linalg.eigvals(a)).max(-1) < 1)
+
+
+def _solve(maps: np.ndarray, b: np.ndarray, noise: np.ndarray, stable: np.ndarray) -> np.ndarray:
+    source = np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*b.shape[:-1], 4)
+    safe = np.where(stable[..., None, None], maps, 0.0)
+    moments = np.linalg.solve(np.eye(4) - safe, source[..., None])[..., 0]
+    return np.where(stable, moments[..., 0].real * noise, np.inf)
+
+
+def disagreement_variance(topology: Topology, rule: LocalRule, x: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Stationary variance of every disagreement mode at every x = alpha lambda, (n - 1, k).
+
+    Args:
+        topology: M(t); periodic ones are averaged over their period.
+        rule: order, momentum, dampening, Nesterov.
+        x: (k,) alpha lambda.
+        noise: (k,) alpha^2 c.
+    """
+    modes = disagreement_modes(topology)
+    if topology.kind == "random-pairing":
+        mubar = modes[0, :1]
+        maps = second_moment_map(mubar, x, rule)
+        at = [rule.matrices(np.asarray(m), x)[1] for m in (0.0, 1.0)]
+        stable = growth(topology, rule, x) < 1
+        if rule.order == "atc":  # the noise is mixed by the same projection: E b b^T is linear in mubar
+            sources = [np.einsum("...i,...k->...ik", b, b).reshape(-1, 4) for b in at]
+            source = sources[0] + mubar[:, None] * (sources[1] - sources[0])
+            safe = np.where(stable[:, None, None], maps, 0.0)
+            moments = np.linalg.solve(np.eye(4) - safe, source[..., None])[..., 0, 0]
+            variance = np.where(stable, moments * noise, np.inf)
+        else:
+            variance = _solve(maps, at[0], noise, stable)
+        return np.broadcast_to(variance, (modes.shape[1], len(x))).copy()
+    if len(modes) == 1:
+        return stationary_variance(modes[0][:, None], x[None, :], noise[None, :], rule)
+    return _periodic(modes, x, noise, rule)
+
+
+def _periodic(modes: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: LocalRule) -> np.ndarray:
+    """Modes (period, n - 1): fixed point over one period, then the mean over its steps."""
+    shape = (modes.shape[1], len(x))
+    total_map: np.ndarray = np.broadcast_to(np.eye(4, dtype=complex), (*shape, 4, 4))
+    total_source = np.zeros((*shape, 4), dtype=complex)
+    maps, sources = [], []
+    for mu in modes:
+        a, b = rule.matrices(mu[:, None], x[None, :])
+        maps.append(np.einsum("...ij,...kl->...ikjl", a, np.conj(a)).reshape(*shape, 4, 4))
+        sources.append(np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*shape, 4))
+        total_map = maps[-1] @ total_map
+        total_source = (maps[-1] @ total_source[..., None])[..., 0] + sources[-1]
+    stable = np.abs(np.linalg.eigvals(total_map)).max(-1) < 1
+    moments = np.linalg.solve(np.eye(4) - np.where(stable[..., None, None], total_map, 0), total_source[..., None])[
+        ..., 0
+    ]
+    mean = np.zeros(shape)
+    for m, s in zip(maps, sources, strict=True):
+        moments = (m @ moments[..., None])[..., 0] + s
+        mean += moments[..., 0].real / len(modes)
+    return np.where(stable, mean * noise, np.inf)
+
+
+def predicted_consensus(
+    topology: Topology,
+    rule: LocalRule,
+    learning_rate: float,
+    eigenvalues: np.ndarray,
+    noise_along: np.ndarray,
+    noise_trace: float,
+) -> float:
+    """Tr Sigma_w that minibatch noise alone would sustain on the quadratic at hand.
+
+    Args:
+        topology: M(t).
+        rule: order, momentum, dampening, Nesterov.
+        learning_rate: alpha.
+        eigenvalues: (k,) lambda_i of the computed eigenpairs of H.
+        noise_along: (k,) c_i = u_i^T C u_i / B.
+        noise_trace: Tr C / B; what is outside the computed eigenspace enters at lambda = 0.
+
+    Returns:
+        (1/n) sum over disagreement modes and Hessian modes; infinite where a mode is unstable.
+    """
+    if topology.num_learners == 1:
+        return 0.0
+    x = np.append(learning_rate * np.asarray(eigenvalues, dtype=np.float64), 0.0)
+    c = np.append(noise_along, max(0.0, noise_trace - float(np.sum(noise_along))))
+    variance = disagreement_variance(topology, rule, x, learning_rate**2 * c)
+    with np.errstate(invalid="ignore"):
+        return float(np.nansum(np.where(c > 0, variance, 0.0)) / topology.num_learners)

@@ -1,0 +1,137 @@
+"""What a training run is told: one frozen dataclass, the source of the flags, their help and their checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from landscape.training.algorithms import ALGORITHMS, ORDERS, Algorithm, Order
+from landscape.training.schedule import parse_schedule
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The configuration of one training run (theory.md sec. 2 for the symbols)."""
+
+    algorithm: Algorithm
+    """ssgd (all-reduce), ssgd-star (all-reduce, gradients at w_a + noise), or dpsgd (gossip)."""
+    learning_rate: float
+    """alpha, the optimiser's base learning rate."""
+    num_learners: int = 6
+    """n, the number of learners."""
+    local_batch_size: int = 1000
+    """B, examples a learner a step; the total batch is n B."""
+    num_steps: int = 500
+    """Steps to train."""
+    topology: str = "ring"
+    """Who mixes with whom: ring, complete, torus, hypercube, star, exponential, one-peer-exponential, random-pairing, or
+    a file with a doubly stochastic matrix (.npy .csv .txt) or a graph (.graphml .edgelist .adjlist)."""
+    order: Order = "awc"
+    """DPSGD's order: awc (adapt while communicate), atc (adapt then combine), cta (combine then adapt)."""
+    momentum: float = 0.0
+    """Momentum, local to each learner, as in torch.optim.SGD."""
+    dampening: float = 0.0
+    """Dampening of the momentum."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 0.0
+    """Weight decay; not part of the loss that is reported or measured."""
+    schedule: str = "constant"
+    """Learning-rate schedule: [warmup:K[:START]+]constant | step:S1,S2,...[:FACTOR] | cosine[:FLOOR]."""
+    sigma0: float | str = 0.0
+    """SSGD*: standard deviation of the weight noise; or a DPSGD run's directory, to match its recorded sigma_w(t)."""
+    gamma: float = 1.0
+    """Controlled disagreement: mix with (1 - gamma) I + gamma M."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0 keeps the first and the last only."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl (the last 50 steps are all logged: convergence is judged on them)."""
+    seed: int = 0
+    """Seed of the initial weights, the minibatches, M(t) and SSGD*'s noise."""
+    device: str = "cpu"
+    """cpu or cuda (or cuda:K)."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Arithmetic of weights and gradients."""
+    tf32: bool = False
+    """Let CUDA matrix products of float32 use TF32 (10-bit mantissa)."""
+
+    def __post_init__(self) -> None:
+        problems = [f"{name} {text}" for name, text in self._problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _problems(self) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+
+        def require(condition: bool, name: str, text: str) -> None:
+            if not condition:
+                found.append((name, text))
+
+        require(
+            self.algorithm in ALGORITHMS, "algorithm", f"must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}"
+        )
+        require(self.order in ORDERS, "order", f"must be one of {', '.join(ORDERS)}, not {self.order!r}")
+        require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            "learning_rate",
+            f"must be a positive number, not {self.learning_rate}",
+        )
+        for name in ("num_learners", "local_batch_size", "num_steps", "log_every"):
+            require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
+        require(self.checkpoint_every >= 0, "checkpoint_every", f"must not be negative, not {self.checkpoint_every}")
+        require(0 <= self.momentum < 1, "momentum", f"must be in [0, 1), not {self.momentum}")
+        require(0 <= self.dampening < 1, "dampening", f"must be in [0, 1), not {self.dampening}")
+        require(self.weight_decay >= 0, "weight_decay", f"must not be negative, not {self.weight_decay}")
+        require(0 <= self.gamma <= 1, "gamma", f"must be in [0, 1], not {self.gamma}")
+        require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
+        if self.nesterov:
+            require(self.momentum > 0 and self.dampening == 0, "nesterov", "needs momentum, and no dampening")
+        if isinstance(self.sigma0, str):
+            require(self.algorithm == "ssgd-star", "sigma0", "may name a run only for ssgd-star")
+        else:
+            require(
+                math.isfinite(self.sigma0) and self.sigma0 >= 0, "sigma0", f"must not be negative, not {self.sigma0}"
+            )
+        if self.algorithm != "ssgd-star" and not isinstance(self.sigma0, str):
+            require(self.sigma0 == 0, "sigma0", "is for ssgd-star only")
+        try:
+            parse_schedule(self.schedule, self.num_steps)
+        except ValueError as error:
+            found.append(("schedule", str(error)))
+        return found
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's."""
+        return DTYPES[self.dtype]
+
+    def torch_device(self) -> torch.device:
+        """`device` as torch's, checked to be there."""
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"no such device: {self.device}; use cpu or cuda") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+        return device
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, for run.json."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> TrainConfig:
+        """From run.json."""
+        known = {f.name for f in fields(TrainConfig)}
+        return TrainConfig(**{k: v for k, v in stored.items() if k in known})
+
+    def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields in which another config differs, with both values; the device is not part of a run's identity."""
+        mine, theirs = self.to_json(), other.to_json()
+        return {k: (mine[k], theirs[k]) for k in mine if k != "device" and mine[k] != theirs[k]}

@@ -1,0 +1,42 @@
+"""Losses and accuracies of stacked weights over a whole data set."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from landscape.data.dataset import TensorData
+from landscape.functional import Buffers, FunctionalModel, chunks
+
+
+def evaluate(
+    model: FunctionalModel, weights: Float[Tensor, "L d"], buffers: Buffers, data: TensorData, *, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """Loss and accuracy of each weight vector on all of `data`.
+
+    Args:
+        model: in the mode to evaluate in.
+        weights: stacked flat weights.
+        buffers: stacked buffers {name: (L, ...)}.
+        data: on the model's device.
+        chunk: examples times weight vectors at once.
+
+    Returns:
+        losses (L,), float64; and accuracies (L,), float64, nan where outputs and targets are not classes.
+    """
+    total, norm, correct = (torch.zeros(len(weights), dtype=torch.float64, device=weights.device) for _ in range(3))
+    classes = not data.targets.is_floating_point() and data.targets.ndim == 1
+    for part in chunks(len(weights), 8):
+        held = {n: b[part] for n, b in buffers.items()}
+        for rows in chunks(len(data), chunk):
+            inputs, targets = data.rows(rows)
+            outputs = model.outputs(weights[part], held, inputs, shared=True)
+            contributions, example_weights = torch.vmap(model.loss, in_dims=(0, None))(outputs, targets)
+            total[part] += contributions.sum(1, dtype=torch.float64)
+            norm[part] += example_weights.sum(1, dtype=torch.float64)
+            if classes and outputs.ndim == 3:
+                correct[part] += (outputs.argmax(2) == targets).sum(1)
+            else:
+                correct[part] = torch.nan
+    return total / norm if model.loss.reduction == "mean" else total, correct / len(data)

@@ -1,0 +1,223 @@
+"""The training program: all learners of all replicas advance together.
+
+Shapes: R replicas (seeds, learning rates) of n learners each, L = R n, replica-major; d parameters; B examples a learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from landscape import streams
+from landscape.data.dataset import TensorData
+from landscape.data.sampling import IndexSampler
+from landscape.functional import FunctionalModel, chunks
+from landscape.tasks import Task
+from landscape.training.algorithms import Evaluation, LocalUpdate, take_step
+from landscape.training.communicator import Communicator, StackedCommunicator
+from landscape.training.config import TrainConfig
+from landscape.training.schedule import parse_schedule
+from landscape.training.state import LearnerState
+from landscape.training.topology import Topology
+
+EXAMPLES_PER_CHUNK = {"cpu": 8192, "cuda": 1 << 17}
+"""Examples gathered and differentiated at once: fits the cache of a CPU, fills a GPU."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step tells, one entry a replica.
+
+    Attributes:
+        losses: (R,) mean minibatch loss over the learners, at the gradient points.
+        alive: (R,) whether the replica was still finite, and so advanced.
+    """
+
+    losses: Tensor
+    alive: Tensor
+
+
+class Program:
+    """A stacked training program for one config and some replicas of it.
+
+    Args:
+        task: what is trained.
+        config: its seed and learning rate hold where `seeds` and `learning_rates` are not given.
+        topology: M(t).
+        train: the training data.
+        seeds: one a replica.
+        learning_rates: base rate of each replica.
+        sigma0: SSGD*'s noise level, (T,) or (R, T) over the steps; by default the config's constant.
+        batched: False forces the fallback of `FunctionalModel`.
+        communicator: the backend; stacked by default.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        topology: Topology,
+        train: TensorData,
+        *,
+        seeds: Sequence[int] | None = None,
+        learning_rates: Sequence[float] | None = None,
+        sigma0: np.ndarray | None = None,
+        batched: bool = True,
+        communicator: Communicator | None = None,
+    ) -> None:
+        self.task, self.config, self.topology = task, config, topology
+        self.seeds = tuple(seeds if seeds is not None else (config.seed,))
+        rates = tuple(learning_rates if learning_rates is not None else [config.learning_rate] * len(self.seeds))
+        if len(rates) != len(self.seeds):
+            raise ValueError(f"{len(self.seeds)} seeds, but {len(rates)} learning rates")
+        if config.local_batch_size > len(train):
+            raise ValueError(
+                f"local_batch_size {config.local_batch_size} is larger than the data ({len(train)} training examples)"
+            )
+        self.device, self.dtype = config.torch_device(), config.torch_dtype
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        models = {seed: task.initial_model(seed) for seed in dict.fromkeys(self.seeds)}
+        self._initial = [FunctionalModel(models[seed], task.loss_fn).initial_weights() for seed in self.seeds]
+        self.model = FunctionalModel(models[self.seeds[0]], task.loss_fn, batched=batched).to(self.device, self.dtype)
+        self.evaluation_model = self.model.evaluation()
+        self.train = train.to(self.device, self.dtype)
+        self.communicator = communicator or StackedCommunicator(config.num_learners)
+        self.update = LocalUpdate(config.momentum, config.dampening, config.nesterov, config.weight_decay)
+        self.schedule = parse_schedule(config.schedule, config.num_steps)
+        self.sampler = IndexSampler(self.seeds, config.num_learners, config.local_batch_size, len(train))
+        self._rates = torch.tensor(rates, dtype=self.dtype, device=self.device).repeat_interleave(config.num_learners)[
+            :, None
+        ]
+        self._static = torch.as_tensor(self._damped(topology.matrices[0]), dtype=self.dtype, device=self.device)
+        level = (
+            np.full((1, 1), config.sigma0 if isinstance(config.sigma0, float | int) else 0.0)
+            if sigma0 is None
+            else np.atleast_2d(sigma0)
+        )
+        self._sigma0 = np.broadcast_to(level, (len(self.seeds), max(level.shape[1], 1)))
+        self._chunk = max(1, EXAMPLES_PER_CHUNK.get(self.device.type, 8192) // config.local_batch_size)
+
+    @property
+    def num_replicas(self) -> int:
+        """R."""
+        return len(self.seeds)
+
+    def initial_state(self) -> LearnerState:
+        """Step 0: one initial weight vector a replica, by its seed, shared by its learners."""
+        weights = torch.stack([w for w, _ in self._initial]).to(self.device, self.dtype)
+        names = self._initial[0][1]
+        buffers = {name: torch.stack([b[name] for _, b in self._initial]).to(self.device) for name in names}
+        buffers = {n: b.to(self.dtype) if b.is_floating_point() else b for n, b in buffers.items()}
+        return LearnerState.replicated(weights, buffers, self.config.num_learners, momentum=self.config.momentum > 0)
+
+    def mixing(self, step: int) -> Tensor:
+        """M(t) of the step, (n, n), or (R, n, n) where it depends on the seed."""
+        if self.topology.is_static:
+            return self._static
+        if self.topology.kind == "periodic":
+            matrices = self.topology.matrix(0, step)
+        else:
+            by_seed = {s: self.topology.matrix(s, step) for s in dict.fromkeys(self.seeds)}
+            matrices = np.stack([by_seed[s] for s in self.seeds])
+        return torch.as_tensor(self._damped(matrices), dtype=self.dtype, device=self.device)
+
+    def _damped(self, matrix: np.ndarray) -> np.ndarray:
+        return controlled_disagreement(matrix, self.config.gamma)
+
+    def noise(self, step: int) -> Tensor | None:
+        """SSGD*'s zeta (L, d) of the step, or None where there is none."""
+        levels = self._sigma0[:, min(step, self._sigma0.shape[1] - 1)]
+        if self.config.algorithm != "ssgd-star" or not levels.any():
+            return None
+        n, d = self.config.num_learners, self.model.layout.num_parameters
+        zeta = torch.empty(self.num_replicas * n, d, dtype=self.dtype, device=self.device)
+        for r, seed in enumerate(self.seeds):
+            for j in range(n):
+                generator = streams.torch_generator("weight noise", seed, j, step, device=self.device)
+                zeta[r * n + j].normal_(0.0, float(levels[r]), generator=generator)
+        return zeta
+
+    def step(self, state: LearnerState, alive: Tensor) -> tuple[LearnerState, StepRecord]:
+        """One step of every replica that is alive; the others are frozen at their last finite weights.
+
+        Args:
+            state: all learners.
+            alive: (R,) booleans.
+        """
+        indices = self.sampler.indices(state.step).to(self.device)
+
+        def evaluate(points: Tensor) -> Evaluation:
+            return self.evaluate(points, state, indices)
+
+        new, evaluation = take_step(
+            self.config.algorithm,
+            self.config.order,
+            state,
+            evaluate,
+            self.communicator,
+            self.update,
+            learning_rates=self._rates * self.schedule(state.step),
+            mixing=self.mixing(state.step) if self.config.algorithm == "dpsgd" else None,
+            noise=self.noise(state.step),
+        )
+        finite = torch.isfinite(evaluation.losses) & torch.isfinite(evaluation.gradients.sum(1))
+        alive = alive & finite.unflatten(0, (-1, self.config.num_learners)).all(1)
+        if not bool(alive.all()):
+            new = _keep(new, state, alive.repeat_interleave(self.config.num_learners))
+        return new, StepRecord(evaluation.losses.unflatten(0, (-1, self.config.num_learners)).mean(1), alive)
+
+    def evaluate(self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor) -> Evaluation:
+        """Minibatch losses, gradients and new buffers at points, a chunk of learners at a time."""
+        parts = [self._evaluate_chunk(points, state, indices, part) for part in chunks(len(points), self._chunk)]
+        if len(parts) == 1:
+            return parts[0]
+        return Evaluation(
+            torch.cat([p.losses for p in parts]),
+            torch.cat([p.gradients for p in parts]),
+            {name: torch.cat([p.buffers[name] for p in parts]) for name in state.buffers},
+        )
+
+    def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice) -> Evaluation:
+        inputs, targets = self.train.batch(indices[part])
+        buffers = {name: b[part] for name, b in state.buffers.items()}
+        summed, norm, gradients, buffers = self.model.summed_gradients(points[part], buffers, inputs, targets)
+        if self.model.loss.reduction == "mean":
+            summed, gradients = summed / norm, gradients.div_(norm.to(gradients.dtype)[:, None])
+        return Evaluation(summed, gradients, buffers)
+
+
+def controlled_disagreement(matrix: np.ndarray, gamma: float) -> np.ndarray:
+    """(1 - gamma) I + gamma M, for one matrix or a stack of them."""
+    return (1 - gamma) * np.eye(matrix.shape[-1]) + gamma * matrix if gamma != 1 else matrix
+
+
+def replica_means(params: Tensor, num_learners: int) -> Tensor:
+    """w_a of each replica, (R, d)."""
+    return params.unflatten(0, (-1, num_learners)).mean(1)
+
+
+def consensus_distances(params: Tensor, num_learners: int) -> Tensor:
+    """sqrt(Tr Sigma_w) of each replica, (R,), Sigma_w = (1/n) sum_j delta_j delta_j^T."""
+    by_replica = params.unflatten(0, (-1, num_learners))
+    deviations = by_replica - by_replica.mean(1, keepdim=True)
+    return deviations.square().sum(2).mean(1).sqrt()
+
+
+def _keep(new: LearnerState, old: LearnerState, alive: Tensor) -> LearnerState:
+    """New state where alive, old state elsewhere."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(alive.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return LearnerState(
+        params=choose(new.params, old.params),
+        buffers={name: choose(b, old.buffers[name]) for name, b in new.buffers.items()},
+        momentum=None if new.momentum is None or old.momentum is None else choose(new.momentum, old.momentum),
+        step=new.step,
+    )
