@@ -1,0 +1,26 @@
+"""landscape: why a multi-GPU training run converged or blew up.
+
+Measures the landscape-dependent noise, the Hessian spectrum and the effective learning rate of synchronous and decentralised SGD on
+real training runs, and holds them against the smoothing theory of Zhang et al., arXiv 2112.01433.
+"""
+
+from landscape.checkpoints import CheckpointError as CheckpointError
+from landscape.checkpoints import Learners as Learners
+from landscape.checkpoints import Run as Run
+from landscape.checkpoints import open_run as open_run
+from landscape.checkpoints import read_checkpoint as read_checkpoint
+from landscape.curvature import hessian as hessian
+from landscape.curvature import top_eigenpairs as top_eigenpairs
+from landscape.data import TensorData as TensorData
+from landscape.experiments.measure import MeasureConfig as MeasureConfig
+from landscape.experiments.measure import measure as measure
+from landscape.experiments.reproduce import reproduce as reproduce
+from landscape.experiments.sweep import Variant as Variant
+from landscape.experiments.sweep import stability_map as stability_map
+from landscape.experiments.train import train as train
+from landscape.noise import measure_noise as measure_noise
+from landscape.objective import Objective as Objective
+from landscape.tasks import Task as Task
+from landscape.theory.scorecard import scorecard as scorecard
+from landscape.theory.smoothing import smoothed_curvature as smoothed_curvature
+from landscape.training import TrainConfig as TrainConfig

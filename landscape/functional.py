@@ -106,9 +106,9 @@ class FunctionalModel:
         return weights, {name: b.detach().clone() for name, b in self.module.named_buffers()}
 
     def state_dict(self, weights: Float[Tensor, " d"], buffers: Buffers) -> dict[str, Tensor]:
-        """Exactly the names of the module's state_dict, tied weights under each of theirs."""
+        """Exactly the names of the module's state_dict, tied weights and shared buffers under each of theirs."""
         held = {**self._fixed, **self.layout.split(weights), **buffers}
-        first = {id(p): n for n, p in self.module.named_parameters()}
+        first = {id(t): n for n, t in (*self.module.named_parameters(), *self.module.named_buffers())}
         full = self.module.state_dict(keep_vars=True)
         return {name: held[name] if name in held else held[first[id(t)]] for name, t in full.items()}
 
@@ -189,6 +189,35 @@ class FunctionalModel:
         batched, single = self._gradient_functions()
         _, norm, gradients, _ = self._map(batched, single, weights, buffers, *lone, axes=(None, 0))
         return self.layout.join(gradients, lead=1), norm
+
+    def linearised_gradient(
+        self, weights: Float[Tensor, " d"], buffers: Buffers, inputs: Any, targets: Any
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The Hessian of the summed contributions at one weight vector, as a product with vectors (d,) -> (d,).
+
+        The graph of the gradient is built here and kept by the returned function.
+
+        Returns:
+            the product, and the summed example weights.
+        """
+        parameters = {n: p.detach().requires_grad_() for n, p in self.layout.split(weights).items()}
+        leaves = list(parameters.values())
+        contributions, example_weights = self._example_losses(parameters, _clone(buffers), inputs, targets)
+        gradients = torch.autograd.grad(contributions.sum(), leaves, create_graph=True, materialize_grads=True)
+        kept = [g for g in gradients if g.requires_grad]  # a parameter that enters linearly has no row of its own
+
+        def multiply(vector: Tensor) -> Tensor:
+            directions = [
+                v for v, g in zip(self.layout.split(vector).values(), gradients, strict=True) if g.requires_grad
+            ]
+            if not kept:
+                return torch.zeros_like(vector)
+            rows = torch.autograd.grad(
+                kept, leaves, directions, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return torch.cat([row.flatten() for row in rows])
+
+        return multiply, example_weights.sum()
 
     def _gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(summed contributions, summed weights, gradients by name, new buffers) of one weight vector, for vmap and alone."""

@@ -46,8 +46,8 @@ class ExampleLoss:
 
 
 def per_example(values: Tensor) -> Tensor:
-    """Mean over everything but the leading example axis: (B, ...) -> (B,)."""
-    return values if values.ndim == 1 else values.flatten(1).mean(1)
+    """Mean over everything but the leading example axis: (B, ...) -> (B,); a single number stays one."""
+    return values if values.ndim <= 1 else values.flatten(1).mean(1)
 
 
 def _unit_weights(target: Any) -> Tensor:
@@ -62,7 +62,7 @@ def _class_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> 
 
 
 def _summed(values: Tensor) -> Tensor:
-    return values if values.ndim == 1 else values.flatten(1).sum(1)
+    return values if values.ndim <= 1 else values.flatten(1).sum(1)
 
 
 def _class_loss(unreduced: LossFunction, reduction: str, weight: Tensor | None, ignore_index: int) -> ExampleLoss:
@@ -84,17 +84,20 @@ def as_example_loss(loss_fn: ExampleLoss | LossFunction) -> ExampleLoss:
             functools.partial of one, or any callable that returns one loss per example, (B,) or (B, ...).
 
     Raises:
-        ValueError: for a module whose reduction is none of the three. A callable that returns one number is found out
+        ValueError: for a reduction that is none of the three. A callable that returns one number is found out
             where it is first evaluated (`functional.FunctionalModel`).
     """
     if isinstance(loss_fn, ExampleLoss):
         return loss_fn
     if isinstance(loss_fn, nn.Module) and hasattr(loss_fn, "reduction"):
-        if loss_fn.reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"loss {loss_fn} has reduction {loss_fn.reduction!r}; use 'mean', 'sum' or 'none'")
-        unreduced = copy.copy(loss_fn)
-        unreduced.reduction = "none"
-        reduction = "sum" if loss_fn.reduction == "sum" else "mean"
+        module: Any = copy.deepcopy(loss_fn)
+        reduction, module.reduction = _reduction(loss_fn, module.reduction), "none"
+
+        def unreduced(output: Any, target: Any) -> Any:
+            if isinstance(output, Tensor):  # class weights follow the output's device and type
+                module.to(output.device, output.dtype)
+            return module(output, target)
+
         if isinstance(loss_fn, nn.CrossEntropyLoss | nn.NLLLoss):
             return _class_loss(unreduced, reduction, loss_fn.weight, loss_fn.ignore_index)
         return _plain(unreduced, reduction)
@@ -102,12 +105,23 @@ def as_example_loss(loss_fn: ExampleLoss | LossFunction) -> ExampleLoss:
         (loss_fn.func, dict(loss_fn.keywords)) if isinstance(loss_fn, functools.partial) else (loss_fn, {})
     )
     if getattr(function, "__module__", "") == F.__name__ and "reduction" in inspect.signature(function).parameters:
-        reduction = "sum" if options.get("reduction") == "sum" else "mean"
-        unreduced = functools.partial(loss_fn, reduction="none")
+        reduction = _reduction(loss_fn, options.get("reduction", "mean"))
+        weights = {k: v for k, v in options.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+        def unreduced(output: Any, target: Any) -> Any:
+            moved = {name: weight.to(output.device, output.dtype) for name, weight in weights.items()}
+            return loss_fn(output, target, **moved, reduction="none")
+
         if function in (F.cross_entropy, F.nll_loss):
             return _class_loss(unreduced, reduction, options.get("weight"), options.get("ignore_index", -100))
         return _plain(unreduced, reduction)
     return _plain(loss_fn, "mean")
+
+
+def _reduction(loss_fn: Any, given: str) -> str:
+    if given not in ("mean", "sum", "none"):
+        raise ValueError(f"loss {loss_fn} has reduction {given!r}; use 'mean', 'sum' or 'none'")
+    return "sum" if given == "sum" else "mean"
 
 
 def _plain(unreduced: LossFunction, reduction: str) -> ExampleLoss:

@@ -87,8 +87,8 @@ class MapData:
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """See `TensorData.batch`; examples are read one by one."""
         inputs, targets = torch.utils.data.default_collate([self.dataset[int(i)] for i in indices.flatten()])
-        inputs = inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
-        return inputs.unflatten(0, indices.shape), targets.to(self.device).unflatten(0, indices.shape)
+        inputs, targets = (t.to(self.device, self.dtype if t.is_floating_point() else None) for t in (inputs, targets))
+        return inputs.unflatten(0, indices.shape), targets.unflatten(0, indices.shape)
 
 
 class BatchList:

@@ -25,9 +25,13 @@ class IndexSampler:
         num_learners: n.
         batch_size: B.
         num_examples: N.
+        purpose: names the stream; measurements draw from others than training.
     """
 
-    def __init__(self, seeds: Sequence[int], num_learners: int, batch_size: int, num_examples: int) -> None:
+    def __init__(
+        self, seeds: Sequence[int], num_learners: int, batch_size: int, num_examples: int, *, purpose: str = "minibatch"
+    ) -> None:
+        self.purpose = purpose
         self.seeds = tuple(seeds)
         self.num_learners = num_learners
         self.batch_size = batch_size
@@ -45,5 +49,5 @@ class IndexSampler:
         return torch.from_numpy(self._block[:, offset].astype(np.int64))
 
     def _draw(self, seed: int, learner: int, block: int) -> np.ndarray:
-        bits = streams.philox("minibatch", seed, learner, counter=block)
+        bits = streams.philox(self.purpose, seed, learner, counter=block)
         return (streams.uniform(bits, BLOCK, self.batch_size) * self.num_examples).astype(np.int32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,35 @@ import torch
 from landscape.data.dataset import TensorData
 
 DATA_ROOT_VARIABLE = "LANDSCAPE_DATA_ROOT"
+MNIST_FILES = {
+    "train-images-idx3-ubyte": 47040016,
+    "train-labels-idx1-ubyte": 60008,
+    "t10k-images-idx3-ubyte": 7840016,
+    "t10k-labels-idx1-ubyte": 10008,
+}
+"""Files and their sizes in bytes."""
+MISSING_OPERATORS = ("nms", "qnms")
+"""torchvision's operators that its import asks for, compiled or not."""
 
 
 def import_torchvision(module: str) -> Any:
     """Import one of torchvision's modules, also beside a torch that lacks its compiled operators.
 
     A torchvision wheel that does not match torch (built for CUDA, say, beside CPU torch) fails on import because the
-    schema of its operator `nms` is missing. Data sets and networks need no compiled operator: the schema is declared.
+    schemas of its operators are missing. Data sets and networks need no compiled operator: the schemas are declared.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
         raise ValueError("this task needs torchvision; install it with: pip install --no-deps torchvision") from None
     except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
+        if not re.search(r"operator torchvision::\w+ does not exist", str(error)):
             raise
-        import sys
-
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for operator in MISSING_OPERATORS:
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)  # a schema lives as long as its library
         return importlib.import_module(module)
 
@@ -61,15 +71,17 @@ def mnist(root: str | Path | None = None, *, download: bool = False) -> tuple[Te
     datasets = import_torchvision("torchvision.datasets")
     try:
         parts = [datasets.MNIST(str(folder), train=train, download=download) for train in (True, False)]
-    except RuntimeError as error:
-        missing = [n for n in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-                   if not (folder / "MNIST" / "raw" / n).is_file()]  # fmt: skip
+    except (RuntimeError, ValueError, AssertionError, LookupError, OSError) as error:  # whatever torchvision meets
         if download:
             raise ValueError(
                 f"MNIST could not be downloaded to {folder}: {error}; without a network, put the files there"
             ) from error
+        raw = folder / "MNIST" / "raw"
+        missing = [name for name in MNIST_FILES if not (raw / name).is_file()]
+        damaged = [n for n, size in MNIST_FILES.items() if n not in missing and (raw / n).stat().st_size != size]
+        found = f"missing: {', '.join(missing) or 'nothing'}; damaged, so delete it first: {', '.join(damaged) or 'nothing'}"
         raise ValueError(
-            f"MNIST is not under {folder / 'MNIST' / 'raw'} (missing: {', '.join(missing) or 'nothing, so a file is damaged'}); get it with: "
+            f"MNIST cannot be read from {raw} ({found}); get it with: "
             f'python -c "from landscape.data.vision import mnist; mnist({str(folder)!r}, download=True)"'
         ) from error
     train, test = [

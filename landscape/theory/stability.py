@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from landscape import streams
+from landscape.curvature.lanczos import top_eigenpairs
+from landscape.curvature.operators import CoupledOperator, SymmetricOperator
 from landscape.theory.modes import LocalRule, growth
 from landscape.training.topology import Topology
 
@@ -59,3 +68,136 @@ def learning_rate_thresholds(
     if algorithm == "dpsgd" and topology.num_learners > 1:
         thresholds["disagreement"] = disagreement_threshold(topology, rule)
     return thresholds
+
+
+@dataclass(frozen=True)
+class CoupledStability:
+    """The linearised step on all learners at once, at a checkpoint.
+
+    Attributes:
+        smallest: smallest eigenvalue of A on the whole n d space; below -1 is unstable (nan where A is not symmetric).
+        largest: largest, likewise. Consensus has exactly 1 along flat directions and above 1 along negative curvature, so this alone
+            does not tell instability.
+        disagreement: growth per step of the fastest disagreement, |eigenvalue| of P A P; above 1 it is driven by instability.
+        converged: whether the eigenvalue solver converged.
+        necessary: largest alpha lambda_max(H(w_j)) / (1 + M_jj) over learners; AWC needs it below 1 (nan for other orders).
+        num_matvecs: Hessian products on the n d space.
+    """
+
+    smallest: float
+    largest: float
+    disagreement: float
+    converged: bool
+    necessary: float
+    num_matvecs: int
+
+
+def coupled_stability(
+    hessians: Sequence[SymmetricOperator],
+    mixing: Tensor,
+    rule: LocalRule,
+    learning_rate: float,
+    learner_lambda_max: Sequence[float],
+    *,
+    tol: float = 0.01,
+    max_matvecs: int = 40,
+    seed: int = 0,
+) -> CoupledStability:
+    """Extreme eigenvalues of the coupled step A (theory.md sec. 5).
+
+    AWC without momentum and with symmetric M is symmetric: Lanczos, on the whole space and on the disagreement. Everything else
+    (ATC, CTA, momentum, directed M) is not: Arnoldi (ARPACK) on the disagreement, including the momentum buffers.
+
+    Args:
+        hessians: H(w_j) at each learner's gradient point.
+        mixing: M (n, n).
+        rule: order, momentum, dampening, Nesterov.
+        learning_rate: alpha.
+        learner_lambda_max: lambda_max(H(w_j)).
+        tol: relative residual of the eigenvalues.
+        max_matvecs: bound on products of each run.
+        seed: of the starting vector.
+    """
+    n = len(hessians)
+    symmetric = rule.order == "awc" and rule.momentum == 0 and bool(torch.allclose(mixing, mixing.T, atol=1e-6))
+    if not symmetric:
+        growth_rate, converged, used = _arnoldi(hessians, mixing, rule, learning_rate, tol, max_matvecs, seed)
+        return CoupledStability(math.nan, math.nan, growth_rate, converged, math.nan, used)
+    whole = top_eigenpairs(
+        CoupledOperator(mixing, hessians, learning_rate), which="BE", tol=tol, max_matvecs=max_matvecs, seed=seed
+    )
+    inner = CoupledOperator(mixing, hessians, learning_rate, disagreement=True)
+    apart = top_eigenpairs(inner, which="BE", tol=tol, max_matvecs=max_matvecs, seed=seed) if n > 1 else None
+    needed = max(learning_rate * v / (1 + float(mixing[j, j])) for j, v in enumerate(learner_lambda_max))
+    return CoupledStability(
+        smallest=float(whole.values[-1]),
+        largest=float(whole.values[0]),
+        disagreement=float(np.abs(apart.values).max()) if apart is not None else 0.0,
+        converged=bool(whole.converged.all() and (apart is None or apart.converged.all())),
+        necessary=needed,
+        num_matvecs=whole.num_matvecs + (apart.num_matvecs if apart is not None else 0),
+    )
+
+
+def _arnoldi(
+    hessians: Sequence[SymmetricOperator],
+    mixing: Tensor,
+    rule: LocalRule,
+    learning_rate: float,
+    tol: float,
+    max_matvecs: int,
+    seed: int,
+) -> tuple[float, bool, int]:
+    """Largest modulus of the step on the disagreement (and its momentum buffers), whether it converged, and products used."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+
+    n, d = len(hessians), hessians[0].dimension
+    mixing = mixing.to(hessians[0].device, hessians[0].dtype)
+    with_momentum = rule.momentum > 0
+    size = n * d * (2 if with_momentum else 1)
+    used = 0
+
+    def apart(block: Tensor) -> Tensor:
+        return block - block.mean(0)
+
+    def advance(vector: np.ndarray) -> np.ndarray:
+        nonlocal used
+        used += 1
+        state = torch.from_numpy(np.ascontiguousarray(vector.ravel())).to(mixing).view(-1, n, d)
+        weights = apart(state[0])
+        start = mixing @ weights if rule.order == "cta" else weights
+        force = learning_rate * torch.stack([h.matvec(v) for h, v in zip(hessians, start, strict=True)])
+        if with_momentum:
+            buffer = rule.momentum * apart(state[1]) + (1 - rule.dampening) * force
+            direction = force + rule.momentum * buffer if rule.nesterov else buffer
+        else:
+            buffer, direction = None, force
+        after = (
+            mixing @ (weights - direction)
+            if rule.order == "atc"
+            else (start if rule.order == "cta" else mixing @ weights) - direction
+        )
+        blocks = [apart(after)] + ([] if buffer is None else [apart(buffer)])
+        return torch.stack(blocks).flatten().double().cpu().numpy()
+
+    generator = streams.torch_generator("arnoldi", seed)
+    begin = torch.randn(size, generator=generator, dtype=torch.float64).numpy()
+    operator = LinearOperator((size, size), matvec=advance, dtype=np.float64)
+    basis = max(6, min(20, max_matvecs // 2))
+    try:
+        values = eigs(
+            operator,
+            k=1,
+            which="LM",
+            tol=tol,
+            ncv=basis,
+            maxiter=max(1, max_matvecs // basis),
+            v0=begin,
+            return_eigenvectors=False,
+        )
+    except ArpackNoConvergence:
+        for _ in range(5):  # a power iteration's estimate, marked as not converged
+            begin = advance(begin)
+            begin /= np.linalg.norm(begin)
+        return float(np.linalg.norm(advance(begin))), False, used
+    return float(np.abs(values).max()), True, used

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Handle(Protocol):
     """An exchange under way."""
 
@@ -15,6 +16,7 @@ class Handle(Protocol):
         """The mixed tensor (L, d)."""
 
 
+@runtime_checkable
 class Communicator(Protocol):
     """Mixing and averaging over the learners of each replica.
 

@@ -87,7 +87,11 @@ class TrainConfig:
         require(self.checkpoint_every >= 0, "checkpoint_every", f"must not be negative, not {self.checkpoint_every}")
         require(0 <= self.momentum < 1, "momentum", f"must be in [0, 1), not {self.momentum}")
         require(0 <= self.dampening < 1, "dampening", f"must be in [0, 1), not {self.dampening}")
-        require(self.weight_decay >= 0, "weight_decay", f"must not be negative, not {self.weight_decay}")
+        require(
+            0 <= self.weight_decay < math.inf,
+            "weight_decay",
+            f"must be finite and not negative, not {self.weight_decay}",
+        )
         require(0 <= self.gamma <= 1, "gamma", f"must be in [0, 1], not {self.gamma}")
         require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
         if self.nesterov:

@@ -63,8 +63,12 @@ def _shape(spec: str, offset: int) -> Callable[[int, int], float]:
     if kind == "step" and 1 <= len(rest) <= 2:
         milestones = [int(m) - offset for m in rest[0].split(",")]  # milestones count from the start of the run
         factor = float(rest[1]) if len(rest) == 2 else 0.1
+        if not 0 <= factor < math.inf:
+            raise ValueError
         return lambda step, total: factor ** sum(step >= m for m in milestones)
     if kind == "cosine" and len(rest) <= 1:
         floor = float(rest[0]) if rest else 0.0
+        if not 0 <= floor <= 1:
+            raise ValueError
         return lambda step, total: floor + (1 - floor) * (1 + math.cos(math.pi * min(step / total, 1.0))) / 2
     raise ValueError

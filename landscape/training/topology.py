@@ -118,7 +118,7 @@ def metropolis(graph: nx.Graph) -> np.ndarray:
     nodes = {node: i for i, node in enumerate(graph.nodes)}
     degree = {node: len(set(graph.neighbors(node)) - {node}) for node in graph.nodes}
     matrix = np.zeros((len(nodes), len(nodes)))
-    for a, b in graph.edges:
+    for a, b in graph.edges():
         if a != b:
             matrix[nodes[a], nodes[b]] = matrix[nodes[b], nodes[a]] = 1 / (1 + max(degree[a], degree[b]))
     np.fill_diagonal(matrix, 1 - matrix.sum(1))
@@ -126,12 +126,21 @@ def metropolis(graph: nx.Graph) -> np.ndarray:
 
 
 def from_graph(graph: nx.Graph, name: str = "graph") -> Topology:
-    """A static topology from any connected undirected networkx graph."""
+    """A static topology from any connected undirected networkx graph.
+
+    Learner j is the node j where nodes are numbered 0 to n-1 (as numbers or text), else the j-th in the graph's own order.
+    """
     if graph.is_directed():
         raise ValueError(f"topology {name}: the graph is directed; give its doubly stochastic matrix instead")
     if graph.number_of_nodes() == 0 or not nx.is_connected(graph):
         raise ValueError(f"topology {name}: the graph is not connected, so learners would never agree")
-    return Topology(name, graph.number_of_nodes(), "static", metropolis(graph)[None])
+    nodes = list(graph.nodes)
+    if {str(node) for node in nodes} == {str(j) for j in range(len(nodes))}:
+        nodes.sort(key=lambda node: int(str(node)))
+    ordered = nx.Graph()
+    ordered.add_nodes_from(nodes)
+    ordered.add_edges_from(graph.edges())
+    return Topology(name, len(nodes), "static", metropolis(ordered)[None])
 
 
 def from_matrix(matrix: np.ndarray, name: str = "matrix") -> Topology:
@@ -233,13 +242,17 @@ def topology(spec: str | nx.Graph | np.ndarray | Topology, num_learners: int) ->
 
 def _from_file(path: Path) -> Topology:
     graphs = {".graphml": nx.read_graphml, ".edgelist": nx.read_edgelist, ".adjlist": nx.read_adjlist}
-    if path.suffix in graphs:
-        return from_graph(graphs[path.suffix](path), path.name)
     try:
-        if path.suffix == ".npy":
+        if path.suffix in graphs:
+            graph = graphs[path.suffix](path)
+        elif path.suffix == ".npy":
             matrix = np.load(path, allow_pickle=False)
         else:
-            matrix = np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
-    except ValueError as error:
-        raise ValueError(f"topology file {path} holds no matrix that can be read: {error}") from error
-    return from_matrix(matrix, path.name)
+            lines = [line for line in path.read_text().splitlines() if line.split("#")[0].strip()]
+            if not lines:
+                raise ValueError("it has no numbers")
+            matrix = np.loadtxt(lines, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
+    except (ValueError, TypeError, LookupError, EOFError, SyntaxError, nx.NetworkXException) as error:
+        kind = "graph" if path.suffix in graphs else "matrix"
+        raise ValueError(f"topology file {path} holds no {kind} that can be read: {error}") from error
+    return from_graph(graph, path.name) if path.suffix in graphs else from_matrix(matrix, path.name)

@@ -1,0 +1,463 @@
+"""Measure a run: every measure at every checkpoint asked for, into RUN/measurements.nc."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm import tqdm
+
+from landscape import streams
+from landscape.checkpoints import Learners, Run, open_run
+from landscape.checkpoints.format import MEASUREMENTS_FILE
+from landscape.curvature.lanczos import Eigenpairs, top_eigenpairs
+from landscape.curvature.operators import HessianOperator
+from landscape.experiments.interrupt import Interruptible
+from landscape.experiments.train import matched_sigma0
+from landscape.noise.covariance import CovarianceSummary, gradient_covariance_summary
+from landscape.noise.decomposition import decompose, smoothed_by_points
+from landscape.noise.draws import Draws, Points, draw_gradients
+from landscape.objective import Objective
+from landscape.results import load_groups, save_groups, stamp
+from landscape.tasks import Task, get_task
+from landscape.theory.ledger import one_step_ledger
+from landscape.theory.modes import LocalRule
+from landscape.theory.smoothing import (
+    KERNELS,
+    Kernel,
+    SmoothedCurvature,
+    second_order_rate_ratio,
+    smoothed_curvature,
+    smoothed_rate_ratio,
+    smoothness_bounds,
+)
+from landscape.theory.stability import coupled_stability
+from landscape.theory.stationary import predicted_consensus
+from landscape.training.algorithms import gradient_points
+from landscape.training.config import TrainConfig
+from landscape.training.loop import controlled_disagreement
+from landscape.training.topology import Topology
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How thoroughly to measure."""
+
+    num_draws: int = 32
+    """Fresh minibatch assignments at each checkpoint; errors shrink as 1/sqrt."""
+    num_smoothing_samples: int = 16
+    """Deviations for the isotropic and covariance-matched kernels (antithetic pairs)."""
+    num_eigenpairs: int = 10
+    """Top eigenpairs of H(w_a), for the noise-only prediction of the disagreement."""
+    max_matvecs: int = 60
+    """Bound on Hessian products of each eigenvalue problem."""
+    smoothing_matvecs: int = 8
+    """The same for the smoothed Hessians, where a product costs 2 S gradients."""
+    seed: int = 0
+    """Seed of draws, deviations and starting vectors."""
+
+
+class Checkpoint:
+    """What the measures of one checkpoint share, each computed when first asked for."""
+
+    def __init__(self, run: Run, step: int, task: Task, objective: Objective, settings: MeasureConfig) -> None:
+        self.run, self.step, self.task, self.objective, self.settings = run, step, task, objective, settings
+        self.config: TrainConfig = run.config
+        self.learners: Learners = run.learners(step)
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """alpha of the step that follows."""
+        return float(self.learners.facts["learning_rate"])
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """w_a (d,)."""
+        return self.learners.mean.to(self.objective.device, self.objective.dtype)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """g(w_a) (d,), over all training data."""
+        return self.objective.gradient(self.mean)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """M(t) as the run recorded it."""
+        record = self.run.record["topology"]
+        return Topology(record["name"], record["num_learners"], record["kind"], np.asarray(record["matrices"]))
+
+    @cached_property
+    def mixing(self) -> Tensor:
+        """M of the step that follows, (n, n) float64."""
+        return torch.as_tensor(
+            controlled_disagreement(self.topology.matrix(self.config.seed, self.step), self.config.gamma)
+        )
+
+    @cached_property
+    def rule(self) -> LocalRule:
+        """Order and momentum."""
+        c = self.config
+        return LocalRule(c.order, c.momentum, c.dampening, c.nesterov)
+
+    @cached_property
+    def sigma0(self) -> float | None:
+        """SSGD*'s noise level at this step; None for other algorithms."""
+        if self.config.algorithm != "ssgd-star":
+            return None
+        level = self.config.sigma0
+        return (
+            float(matched_sigma0(level, self.config.num_steps + 1)[self.step])
+            if isinstance(level, str)
+            else float(level)
+        )
+
+    @cached_property
+    def points(self) -> Points:
+        """Where the following step takes its gradients: w_j, (M w)_j under CTA, w_a + fresh noise for SSGD*."""
+        weights = self.learners.weights.to(self.mean)
+        if self.sigma0:
+            return lambda draw: weights + self._noise(draw)
+        return gradient_points(self.config.algorithm, self.config.order, weights, self.mixing)
+
+    def _noise(self, draw: int) -> Tensor:
+        generator = streams.torch_generator("measured weight noise", self.settings.seed, self.step, draw)
+        return (torch.randn(self.learners.weights.shape, generator=generator) * (self.sigma0 or 0.0)).to(self.mean)
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Kernels that apply: all for learners that differ, isotropic sigma_0 for SSGD*, and one trivial one for SSGD."""
+        if self.config.algorithm == "ssgd-star":
+            return ("isotropic",)
+        return KERNELS if self.learners.consensus_distance > 0 else ("learners",)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """Fresh minibatch gradients."""
+        return draw_gradients(
+            self.objective, self.mean, self.points, num_learners=len(self.learners), local_batch_size=self.config.local_batch_size,
+            num_draws=self.settings.num_draws, seed=self.settings.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def decomposition(self) -> xr.Dataset:
+        """Section 3."""
+        points = self.points
+        exact = None if callable(points) else smoothed_by_points(self.objective, points, self.mean)
+        return decompose(self.draws, self.gradient, self.learning_rate, exact)
+
+    @cached_property
+    def hessian(self) -> HessianOperator:
+        """H(w_a)."""
+        return HessianOperator(self.objective, self.mean)
+
+    @cached_property
+    def eigenpairs(self) -> Eigenpairs:
+        """Top eigenpairs of H(w_a)."""
+        s = self.settings
+        return top_eigenpairs(self.hessian, s.num_eigenpairs, "LA", tol=0.01, max_matvecs=s.max_matvecs, seed=s.seed)
+
+    @cached_property
+    def covariance(self) -> CovarianceSummary:
+        """C at w_a, along the top eigenvectors of H(w_a)."""
+        return gradient_covariance_summary(self.objective, self.mean, self.eigenpairs.vectors)
+
+    @cached_property
+    def learner_hessians(self) -> list[HessianOperator]:
+        """H at every learner's gradient point; one where all are equal."""
+        points = self.points
+        if callable(points) or self.learners.consensus_distance == 0:
+            return [self.hessian]
+        return [HessianOperator(self.objective, p) for p in points]
+
+    @cached_property
+    def learner_lambda_max(self) -> list[float]:
+        """lambda_max(H(w_j))."""
+        if len(self.learner_hessians) == 1:
+            return [float(self.eigenpairs.values[0])] * len(self.learners)
+        s = self.settings
+        return [
+            float(top_eigenpairs(h, 1, "LA", tol=0.01, max_matvecs=s.max_matvecs, seed=s.seed).values[0])
+            for h in self.learner_hessians
+        ]
+
+    @cached_property
+    def smoothed(self) -> dict[Kernel, SmoothedCurvature]:
+        """Smoothed curvature under each kernel."""
+        s = self.settings
+        return {
+            k: smoothed_curvature(self.objective, self.learners, kernel=k, num_samples=s.num_smoothing_samples,
+                                  max_matvecs=s.smoothing_matvecs, seed=s.seed, sigma=self.sigma0)
+            for k in self.kernels
+        }  # fmt: skip
+
+
+def _effective_learning_rate(at: Checkpoint) -> xr.Dataset:
+    found = at.decomposition[
+        ["alpha_e_ratio", "alpha_e_ratio_mean", "alpha_e_ratio_stderr", "gradient_norm_squared", "identity_error"]
+    ]
+    names, values, errors = [], [], []
+
+    def predict(name: str, value: float, error: float) -> None:
+        names.append(name)
+        values.append(value)
+        errors.append(error)
+
+    exact = at.decomposition.get("alpha_e_ratio_exact")
+    predict("exact", float(exact) if exact is not None else math.nan, 0.0 if exact is not None else math.nan)
+    for kernel in ("isotropic", "covariance"):
+        if at.learners.consensus_distance == 0 and not at.sigma0:
+            predict(kernel, 1.0, 0.0)
+        elif kernel in at.kernels:
+            number = smoothed_rate_ratio(at.objective, at.learners, at.gradient, kernel, num_samples=2 * at.settings.num_smoothing_samples,
+                                         seed=at.settings.seed, sigma=at.sigma0)  # fmt: skip
+            predict(kernel, number.value, number.stderr)
+        else:
+            predict(kernel, math.nan, math.nan)
+    spread = at.learners.consensus_distance > 0
+    predict(
+        "second-order",
+        second_order_rate_ratio(at.objective, at.learners, at.gradient) if spread else (math.nan if at.sigma0 else 1.0),
+        0.0,
+    )
+    return found.assign(
+        alpha_e_ratio_predicted=("prediction", np.asarray(values), {"long_name": "E alpha_e/alpha as predicted"}),
+        alpha_e_ratio_predicted_stderr=("prediction", np.asarray(errors)),
+    ).assign_coords(prediction=names)
+
+
+def _noise(at: Checkpoint) -> xr.Dataset:
+    drop = ["alpha_e_ratio", "alpha_e_ratio_mean", "alpha_e_ratio_stderr", "alpha_e_ratio_exact"]
+    found = at.decomposition.drop_vars([n for n in drop if n in at.decomposition])
+    alpha, n, batch = at.learning_rate, len(at.learners), at.config.local_batch_size
+    c = at.covariance
+    predicted = math.nan
+    if at.config.algorithm == "dpsgd":
+        try:
+            predicted = predicted_consensus(
+                at.topology, at.rule, alpha, at.eigenpairs.values, c.along / batch, c.trace / batch
+            )
+        except ValueError:
+            predicted = math.nan  # graph modes that do not separate
+    elif not at.sigma0:
+        predicted = 0.0
+    more = {
+        "Delta_S_predicted": (alpha**2 * c.trace / (n * batch), "alpha^2 Tr(C)/(n B)"),
+        "gradient_covariance_trace": (c.trace, "Tr C, over the whole training set"),
+        "noise_scale": (c.noise_scale, "Tr(C)/|g|^2"),
+        "consensus_distance": (at.learners.consensus_distance, "sqrt(Tr Sigma_w)"),
+        "sigma_w": (math.sqrt(at.learners.weight_variance), "per-parameter spread sqrt(Tr Sigma_w/d)"),
+        "consensus_trace": (at.learners.consensus_distance**2, "Tr Sigma_w"),
+        "consensus_trace_predicted": (
+            predicted,
+            "Tr Sigma_w sustained by minibatch noise alone on the local quadratic; infinite where that is unstable",
+        ),
+    }
+    return found.assign({name: ((), value, {"long_name": text}) for name, (value, text) in more.items()})
+
+
+def _curvature(at: Checkpoint) -> xr.Dataset:
+    lowest = top_eigenpairs(at.hessian, 1, "SA", tol=0.02, max_matvecs=at.settings.max_matvecs, seed=at.settings.seed)
+    found = at.eigenpairs.to_xarray().drop_attrs()
+    return found.assign(
+        lambda_max=((), float(at.eigenpairs.values[0]), {"long_name": "largest eigenvalue of H(w_a)"}),
+        lambda_max_residual=((), float(at.eigenpairs.residuals[0])),
+        lambda_min=((), float(lowest.values[0]), {"long_name": "smallest eigenvalue of H(w_a)"}),
+        learner_lambda_max=(
+            "learner",
+            np.asarray(at.learner_lambda_max),
+            {"long_name": "largest eigenvalue of H(w_j)"},
+        ),
+        noise_along=("eigen_index", at.covariance.along, {"long_name": "u_i^T C u_i"}),
+    )
+
+
+def _smoothing(at: Checkpoint) -> xr.Dataset:
+    parts = []
+    for kernel in KERNELS:
+        if kernel in at.smoothed:
+            parts.append(at.smoothed[kernel].to_xarray())
+    missing = [k for k in KERNELS if k not in at.smoothed]
+    made = (
+        xr.concat(parts, "kernel")
+        .assign_coords(kernel=[k for k in KERNELS if k in at.smoothed])
+        .reindex(kernel=list(KERNELS))
+    )
+    largest = max([c.largest_gradient for c in at.smoothed.values()] + [float(at.gradient.norm())])
+    curvature = max(
+        [*at.learner_lambda_max, float(at.eigenpairs.values[0]), *(c.smoothness for c in at.smoothed.values())]
+    )
+    sigma = at.sigma0 or math.sqrt(at.learners.weight_variance)
+    bounds = smoothness_bounds(largest, sigma, curvature)
+    if "isotropic" in at.smoothed:
+        bounds["local"] = math.sqrt(at.smoothed["isotropic"].gradient_covariance_top) / sigma
+    else:
+        bounds["local"] = math.inf
+    return made.assign(
+        bound=("bound_kind", np.asarray(list(bounds.values())), {"long_name": "estimated bound on the smoothness of L~, isotropic kernel"}),
+        lipschitz_constant=((), largest, {"long_name": "largest gradient norm met: an estimate of G"}),
+    ).assign_coords(bound_kind=list(bounds)).assign_attrs(kernels_left_out=", ".join(missing))  # fmt: skip
+
+
+def _stability(at: Checkpoint) -> xr.Dataset:
+    alpha = at.learning_rate
+    half = alpha / 2
+    names = ["w_a", "learners", *KERNELS]
+    values = [half * float(at.eigenpairs.values[0]), half * max(at.learner_lambda_max)]
+    values += [half * at.smoothed[k].lambda_max if k in at.smoothed else math.nan for k in KERNELS]
+    errors = [half * float(at.eigenpairs.residuals[0]), math.nan]
+    errors += [half * at.smoothed[k].lambda_max_stderr if k in at.smoothed else math.nan for k in KERNELS]
+    made = xr.Dataset(
+        {
+            "alpha_lambda_half": (
+                "function",
+                np.asarray(values),
+                {"long_name": "alpha lambda_max / 2; above 1 a plain gradient step is unstable"},
+            ),
+            "alpha_lambda_half_stderr": (
+                "function",
+                np.asarray(errors),
+                {"long_name": "standard error over deviations; the residual for w_a"},
+            ),
+        },
+        coords={"function": names},
+    )
+    for name, value in at.run.record["topology"]["thresholds"].items():
+        made[f"threshold_{name}"] = (
+            (),
+            value,
+            {"long_name": f"largest stable alpha lambda of the {name}, on a quadratic"},
+        )
+    if at.config.algorithm == "dpsgd" and len(at.learner_hessians) == len(at.learners) > 1:
+        coupled = coupled_stability(at.learner_hessians, at.mixing, at.rule, alpha, at.learner_lambda_max,
+                                    max_matvecs=at.settings.max_matvecs, seed=at.settings.seed)  # fmt: skip
+        for name, value in asdict(coupled).items():
+            made[f"coupled_{name}"] = ((), value)
+    return made
+
+
+def _ledger(at: Checkpoint) -> xr.Dataset:
+    return one_step_ledger(at.objective, at.mean, at.gradient, at.draws, at.hessian, at.learning_rate).drop_attrs()
+
+
+MEASURES: dict[str, Callable[[Checkpoint], xr.Dataset]] = {
+    "effective-learning-rate": _effective_learning_rate,
+    "noise": _noise,
+    "curvature": _curvature,
+    "smoothing": _smoothing,
+    "stability": _stability,
+    "ledger": _ledger,
+}
+"""Measures by name; each gives labelled numbers for one checkpoint."""
+
+
+def measure(
+    run: Run | str | Path,
+    measures: Sequence[str] = tuple(MEASURES),
+    steps: Sequence[int] | None = None,
+    *,
+    settings: MeasureConfig | None = None,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    allow_other_data: bool = False,
+    quiet: bool = False,
+) -> dict[str, xr.Dataset]:
+    """Measure a run's checkpoints and keep the results in RUN/measurements.nc.
+
+    Args:
+        run: a run or its directory.
+        measures: names in MEASURES.
+        steps: checkpoints; all of them by default.
+        settings: how thoroughly.
+        data_root: for tasks that read from disk.
+        device: where to compute; the run's own by default.
+        allow_other_data: measure on data whose fingerprint is not the run's.
+        quiet: no progress bar.
+
+    Returns:
+        {measure: data set over `step` and more}. What was measured before with the same settings is not measured again.
+        Checkpoints with weights that are not finite are left out and named in the attribute `skipped_steps`.
+    """
+    run = open_run(run) if isinstance(run, str | Path) else run
+    settings = settings or MeasureConfig()
+    unknown = [m for m in measures if m not in MEASURES]
+    if unknown:
+        raise ValueError(f"no such measure: {', '.join(unknown)}; there are {', '.join(MEASURES)}")
+    chosen = list(run.steps if steps is None else steps)
+    absent = [s for s in chosen if s not in run.steps]
+    if absent or not chosen:
+        raise ValueError(
+            f"{run.path} has no checkpoint of step {', '.join(map(str, absent)) or '(any)'}; there are {', '.join(map(str, run.steps)) or 'none'}"
+        )
+    objective, task = _objective(run, data_root, device, allow_other_data)
+    path = run.path / MEASUREMENTS_FILE
+    groups = {k: v for k, v in load_groups(path).items() if k != "/"}
+    identity = json.dumps({**asdict(settings), "data": run.record["data"]["fingerprint"]["train"]}, sort_keys=True)
+    for name in measures:
+        if name in groups and groups[name].attrs.get("settings") != identity:
+            del groups[name]
+    skipped: list[int] = []
+    todo = [(s, [m for m in measures if m not in groups or s not in groups[m]["step"].values]) for s in chosen]
+    total = sum(len(names) for _, names in todo)
+    with (
+        Interruptible() as interrupt,
+        tqdm(total=total, unit="measure", desc="measure", disable=quiet or None, delay=2, leave=False) as bar,
+    ):
+        for step, names in todo:
+            if not names:
+                continue
+            at = Checkpoint(run, step, task, objective, settings)
+            if not at.learners.is_finite:
+                skipped.append(step)
+                bar.update(len(names))
+                if not quiet:
+                    tqdm.write(f"step {step}: weights that are not finite; left out", file=sys.stderr)
+                continue
+            for name in names:
+                found = MEASURES[name](at).expand_dims(step=[step])
+                merged = (
+                    xr.concat([groups[name], found], "step", join="outer", combine_attrs="drop")
+                    if name in groups
+                    else found
+                )
+                groups[name] = stamp(merged.sortby("step"), measure=name, settings=identity, **_facts(run))
+                bar.update()
+            save_groups(groups, path)
+            if interrupt.requested:
+                raise KeyboardInterrupt(f"stopped after step {step}; what was measured is kept")
+    for name in measures:
+        if name in groups and skipped:
+            groups[name].attrs["skipped_steps"] = ", ".join(map(str, skipped))
+    return {m: groups[m] for m in measures if m in groups}
+
+
+def _facts(run: Run) -> dict[str, str | float | int]:
+    c = run.config
+    return {
+        "task": run.task, "algorithm": c.algorithm, "order": c.order, "topology": c.topology, "num_learners": c.num_learners,
+        "local_batch_size": c.local_batch_size, "base_learning_rate": c.learning_rate, "run_seed": c.seed,
+    }  # fmt: skip
+
+
+def _objective(
+    run: Run, data_root: str | Path | None, device: str | None, allow_other_data: bool
+) -> tuple[Objective, Task]:
+    task = get_task(run.task)
+    train, _ = task.load_data(data_root)
+    recorded = run.record["data"]["fingerprint"]["train"]
+    if train.fingerprint() != recorded and not allow_other_data:
+        raise ValueError(
+            f"{run.path} was trained on other data (fingerprint {recorded}, here {train.fingerprint()}); allow it with --allow-other-data"
+        )
+    config = run.config
+    where = torch.device(device) if device else config.torch_device()
+    model = task.initial_model(config.seed)
+    return Objective(model, task.loss_fn, train, device=where, dtype=config.torch_dtype), task

@@ -1,0 +1,170 @@
+"""Predictions held against measurements, with a verdict each (theory.md sec. 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from landscape.statistics import Estimate, Verdict, agreement, bound_verdict, ratio
+
+TOLERANCE = 0.2
+COLUMNS = [
+    "step",
+    "quantity",
+    "prediction",
+    "measured",
+    "measured_stderr",
+    "predicted",
+    "predicted_stderr",
+    "ratio",
+    "ratio_stderr",
+    "verdict",
+]
+
+
+def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> pd.DataFrame:
+    """Every prediction that the measurements allow to be checked, one row each.
+
+    Args:
+        groups: of `landscape.experiments.measure.measure`.
+        tolerance: of "agrees"; see `landscape.statistics.agreement`.
+
+    Returns:
+        a table with COLUMNS; ratio is measured over predicted, or bound over measured (its tightness) for bounds.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, add in (
+        ("effective-learning-rate", _rates),
+        ("noise", _noise),
+        ("smoothing", _bounds),
+        ("stability", _stability),
+        ("ledger", _ledger),
+    ):
+        if name in groups:
+            for step in groups[name]["step"].values:
+                add(rows, groups[name].sel(step=step), int(step), tolerance)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.sort_values(["step"], kind="stable", ignore_index=True)
+
+
+def verdict_counts(table: pd.DataFrame) -> pd.DataFrame:
+    """How often each prediction got each verdict over the checkpoints: the scorecard of a run."""
+    counts = table.groupby(["quantity", "prediction", "verdict"], sort=False).size().unstack(fill_value=0)
+    ratios = table.replace([np.inf, -np.inf], np.nan).groupby(["quantity", "prediction"], sort=False)["ratio"].median()
+    return counts.assign(median_ratio=ratios)
+
+
+def to_dataset(table: pd.DataFrame) -> xr.Dataset:
+    """The scorecard as labelled data over `row`."""
+    return xr.Dataset(
+        {
+            c: ("row", table[c].astype(str).to_numpy() if table[c].dtype == object else table[c].to_numpy())
+            for c in table.columns
+        }
+    )
+
+
+def _row(
+    step: int,
+    quantity: str,
+    prediction: str,
+    measured: Estimate,
+    predicted: Estimate,
+    compared: Estimate,
+    verdict: Verdict,
+) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (step, quantity, prediction, measured.value, measured.stderr, predicted.value, predicted.stderr,
+                              compared.value, compared.stderr, verdict), strict=True))  # fmt: skip
+
+
+def _agreement_row(
+    step: int, quantity: str, prediction: str, measured: Estimate, predicted: Estimate, tolerance: float
+) -> dict[str, Any]:
+    compared = _signed_ratio(measured, predicted)
+    return _row(step, quantity, prediction, measured, predicted, compared, agreement(measured, predicted, tolerance))
+
+
+def _signed_ratio(measured: Estimate, predicted: Estimate) -> Estimate:
+    if math.isinf(predicted.value):
+        return Estimate(0.0, 0.0, measured.count)
+    if predicted.value < 0:  # errors do not change under a common sign
+        return ratio(Estimate(-measured.value, measured.stderr), Estimate(-predicted.value, predicted.stderr))
+    return ratio(measured, predicted)
+
+
+def _number(at: xr.Dataset, name: str, error: str | None = None) -> Estimate:
+    return Estimate(float(at[name]), float(at[error]) if error else 0.0)
+
+
+def _rates(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    measured = _number(at, "alpha_e_ratio_mean", "alpha_e_ratio_stderr")
+    for name in at["prediction"].values:
+        part = at.sel(prediction=name)
+        predicted = _number(part, "alpha_e_ratio_predicted", "alpha_e_ratio_predicted_stderr")
+        if math.isfinite(predicted.value):
+            rows.append(_agreement_row(step, "E alpha_e / alpha", str(name), measured, predicted, tolerance))
+
+
+def _noise(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    measured = _number(at, "Delta_S_mean", "Delta_S_stderr")
+    rows.append(
+        _agreement_row(step, "Delta_S", "alpha^2 Tr(C)/(n B)", measured, _number(at, "Delta_S_predicted"), tolerance)
+    )
+    spread, predicted = _number(at, "consensus_trace"), _number(at, "consensus_trace_predicted")
+    if spread.value > 0 and not math.isnan(predicted.value):
+        rows.append(_agreement_row(step, "Tr Sigma_w", "minibatch noise alone", spread, predicted, tolerance))
+
+
+def _bounds(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    here = at.sel(kernel="isotropic")
+    if not math.isfinite(float(here["smoothness"])):
+        return
+    measured = _number(here, "smoothness", "lambda_max_stderr")
+    for kind in at["bound_kind"].values:
+        bound = float(at["bound"].sel(bound_kind=kind))
+        if math.isfinite(bound):
+            tightness = Estimate(bound / measured.value if measured.value > 0 else math.inf)
+            rows.append(
+                _row(
+                    step,
+                    "smoothness of L~",
+                    f"bound: {kind}",
+                    measured,
+                    Estimate(bound),
+                    tightness,
+                    bound_verdict(measured, bound),
+                )
+            )
+
+
+def _stability(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    if "coupled_disagreement" in at and math.isfinite(float(at["coupled_disagreement"])):
+        growth = _number(at, "coupled_disagreement")
+        verdict: Verdict = (
+            bound_verdict(growth, 1.0) if bool(at["coupled_converged"]) or growth.value > 1 else "inconclusive"
+        )
+        rows.append(
+            _row(
+                step,
+                "growth of disagreement",
+                "stable: below 1",
+                growth,
+                Estimate(1.0),
+                Estimate(1 / growth.value),
+                verdict,
+            )
+        )
+
+
+def _ledger(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    measured = _number(at, "realised_mean", "realised_stderr")
+    predicted = Estimate(float(at["predicted_mean"]), 0.0)
+    # the draws are paired: the error of the difference is the remainder's own
+    paired = Estimate(measured.value, float(at["remainder_stderr"]))
+    rows.append(_row(step, "one-step change of L", "ledger", measured, _number(at, "predicted_mean", "predicted_stderr"),
+                     _signed_ratio(paired, predicted), agreement(paired, predicted, tolerance)))  # fmt: skip
