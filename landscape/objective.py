@@ -127,7 +127,7 @@ class Objective:
             yield self.model.example_gradients(flat, self.buffers, inputs, targets)
 
     def _weight_parts(self, count: int) -> Iterator[slice]:
-        return chunks(count, 8)
+        return chunks(count, max(8, self.chunk // self.num_examples))
 
     def _stream(self, part: slice) -> Iterator[tuple[Any, Any]]:
         return stream(self.data, max(1, self.chunk // (part.stop - part.start)))

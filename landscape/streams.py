@@ -8,6 +8,8 @@ Only Philox's raw 64-bit stream is used, which numpy keeps stable across version
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -36,3 +38,16 @@ def torch_generator(purpose: str, *identity: int, device: torch.device | str = "
     entropy = [zlib.crc32(purpose.encode()), *(int(i) for i in identity)]
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator(device=device).manual_seed(seed)
+
+
+@contextmanager
+def seeded(purpose: str, *identity: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Within, what draws from torch's global state (dropout) draws from purpose and identity; then the state is put back."""
+    device = torch.device(device)
+    seed = torch_generator(purpose, *identity).initial_seed()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -97,4 +97,4 @@ def get_task(name: str | Task) -> Task:
         raise ValueError(f"task {name} cannot be loaded: {error}") from error
     if not isinstance(made, Task):
         raise ValueError(f"task {name}: the function returned {type(made).__name__}, not a landscape.tasks.Task")
-    return made
+    return replace(made, name=name)  # so that a run can find its task again

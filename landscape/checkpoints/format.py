@@ -93,7 +93,7 @@ def unseal(path: Path) -> dict[str, Any]:
         checksum = record.pop("checksum")
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     version = record.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:

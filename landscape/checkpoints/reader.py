@@ -57,7 +57,9 @@ class Learners:
 
     @cached_property
     def mean(self) -> Float[Tensor, " d"]:
-        """w_a = (1/n) sum_j w_j, summed in float64."""
+        """w_a = (1/n) sum_j w_j, summed in float64; exactly w_j where all are equal."""
+        if bool((self.weights == self.weights[0]).all()):
+            return self.weights[0].clone()
         return self.weights.mean(0, dtype=torch.float64).to(self.weights.dtype)
 
     @cached_property

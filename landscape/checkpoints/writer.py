@@ -52,7 +52,7 @@ class RunWriter:
         write_atomically(self.path / RUN_FILE, seal(self.record))
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl after a step, and a last line cut short: what a resumed run will log again."""
+        """Drop the lines of metrics.jsonl from a step on, and one cut short: what a run resumed at that step will log again."""
         path = self.path / METRICS_FILE
         if not path.exists():
             return
@@ -62,7 +62,7 @@ class RunWriter:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            if entry["step"] <= step:
+            if entry["step"] < step:
                 kept.append(line + "\n")
         write_atomically(path, "".join(kept).encode())
 

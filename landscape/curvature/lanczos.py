@@ -86,7 +86,7 @@ def top_eigenpairs(
     basis = torch.empty(limit, d, device=operator.device, dtype=operator.dtype)
     projected = np.zeros((limit, limit))
     vector = _orthogonal(random_direction() if start is None else start.to(basis), basis[:0])
-    matvecs = 0
+    matvecs, restarts = 0, 0
     wanted = np.empty(0, dtype=np.int64)
     values, small = np.empty(0), np.empty((0, 0))
     for m in range(limit):
@@ -101,16 +101,13 @@ def top_eigenpairs(
         rest = image - basis[: m + 1].T @ (basis[: m + 1] @ image)
         beta = float(rest.double().norm())
         wanted = _wanted(values, k, which)
-        if (
-            m + 1 >= min(k, limit)
-            and (beta * np.abs(small[-1, wanted]) <= tol * scale).all()
-            and m + 1 >= min(2 * k, limit, 4)
-        ):
+        broken = beta <= 100 * torch.finfo(basis.dtype).eps * scale  # an invariant subspace
+        accurate = bool((beta * np.abs(small[-1, wanted]) <= tol * scale).all())
+        if m + 1 == limit or (accurate and m + 1 >= min(2 * k, limit, 4) and (not broken or restarts >= k - 1)):
             break
-        if m + 1 == limit:
-            break
-        vector = _orthogonal(rest, basis[: m + 1]) if beta > 1e-6 * scale else None
-        if vector is None:  # invariant subspace: go on with a new direction, which finds repeated eigenvalues too
+        vector = None if broken else _orthogonal(rest, basis[: m + 1])
+        if vector is None:  # go on with a new direction: it finds another copy of every repeated eigenvalue
+            restarts += 1
             vector = _orthogonal(random_direction(), basis[: m + 1])
             if vector is None:
                 break

@@ -368,6 +368,7 @@ def measure(
     data_root: str | Path | None = None,
     device: str | None = None,
     allow_other_data: bool = False,
+    task: Task | None = None,
     quiet: bool = False,
 ) -> dict[str, xr.Dataset]:
     """Measure a run's checkpoints and keep the results in RUN/measurements.nc.
@@ -380,6 +381,7 @@ def measure(
         data_root: for tasks that read from disk.
         device: where to compute; the run's own by default.
         allow_other_data: measure on data whose fingerprint is not the run's.
+        task: the run's task, where it cannot be found by the name in run.json.
         quiet: no progress bar.
 
     Returns:
@@ -397,7 +399,7 @@ def measure(
         raise ValueError(
             f"{run.path} has no checkpoint of step {', '.join(map(str, absent)) or '(any)'}; there are {', '.join(map(str, run.steps)) or 'none'}"
         )
-    objective, task = _objective(run, data_root, device, allow_other_data)
+    objective, task = _objective(run, task, data_root, device, allow_other_data)
     path = run.path / MEASUREMENTS_FILE
     groups = {k: v for k, v in load_groups(path).items() if k != "/"}
     identity = json.dumps({**asdict(settings), "data": run.record["data"]["fingerprint"]["train"]}, sort_keys=True)
@@ -448,9 +450,9 @@ def _facts(run: Run) -> dict[str, str | float | int]:
 
 
 def _objective(
-    run: Run, data_root: str | Path | None, device: str | None, allow_other_data: bool
+    run: Run, task: Task | None, data_root: str | Path | None, device: str | None, allow_other_data: bool
 ) -> tuple[Objective, Task]:
-    task = get_task(run.task)
+    task = task or get_task(run.task)
     train, _ = task.load_data(data_root)
     recorded = run.record["data"]["fingerprint"]["train"]
     if train.fingerprint() != recorded and not allow_other_data:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from landscape.checkpoints import Run, open_run
-from landscape.checkpoints.format import RUN_FILE
+from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX
 from landscape.checkpoints.reader import restore_state
 from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import TensorData
@@ -254,7 +254,7 @@ def _claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, not a directory")
     if not (out / RUN_FILE).exists():
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and not _only_begun(out):
             raise ValueError(f"{out} is not empty and holds no run; choose another directory")
         return False
     if overwrite:
@@ -264,6 +264,12 @@ def _claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
     if not resume:
         raise ValueError(f"{out} already holds a run; continue it with --resume, or replace it with --overwrite")
     return True
+
+
+def _only_begun(out: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but what a run killed before its first record leaves."""
+    begun = {CHECKPOINTS, f"{TEMPORARY_PREFIX}{RUN_FILE}"}
+    return all(p.name in begun for p in out.iterdir()) and not any((out / CHECKPOINTS).glob("*"))
 
 
 def _check_same(run: Run, task: Task, config: TrainConfig, graph: Topology, fingerprint: dict[str, str]) -> None:

@@ -27,10 +27,10 @@ from landscape.plotting.style import (
 from landscape.plotting.view import RunView
 
 PREDICTION_NAMES = {
-    "exact": "predicted: the learners' own kernel (exact)",
-    "isotropic": "predicted: isotropic kernel",
-    "covariance": "predicted: covariance kernel",
-    "second-order": "predicted: second order",
+    "exact": "learners' kernel (exact)",
+    "isotropic": "isotropic kernel",
+    "covariance": "covariance kernel",
+    "second-order": "second order",
 }
 LEDGER_PARTS = {
     "gain": (r"gain $-\alpha_e|g|^2$", "#009E73", ""),
@@ -61,7 +61,7 @@ def training_loss(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
                     label=f"{display_name(view.label)}: non-finite at step {died}")  # fmt: skip
     for level, text, line in _levels(views):
         ax.axhline(level, color="#777777", linewidth=0.8, linestyle=line, label=text, zorder=0)
-    log_if_wide(ax, drawn, 20)
+    log_if_wide(ax, drawn, 20.0)
     ax.set(xlabel="step", ylabel=r"training loss of $w_a$ (nats)")
     legend_above(ax, 3)
     return ax
@@ -102,8 +102,8 @@ def effective_learning_rate(view: RunView, ax: Axes | None = None) -> Axes:
         part = at.sel(prediction=name)
         look = PREDICTION_LOOKS.get(name, MEASURED)
         ax.errorbar(dodge(steps, i, count), part["alpha_e_ratio_predicted"].values, half_width(part["alpha_e_ratio_predicted_stderr"].values),
-                    markerfacecolor="white", label=PREDICTION_NAMES.get(name, f"predicted: {name}"), **look.line_options())  # fmt: skip
-    ax.set(xlabel="step", ylabel=r"effective over nominal rate $\mathrm{E}\,\alpha_e/\alpha$")
+                    markerfacecolor="white", label=PREDICTION_NAMES.get(name, name), **look.line_options())  # fmt: skip
+    ax.set(xlabel="step", ylabel=r"effective / nominal rate $\mathrm{E}\,\alpha_e/\alpha$")
     legend_above(ax, 2, display_name(view.label))
     return ax
 
@@ -116,6 +116,7 @@ def weight_variance(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax)
     unstable: list[tuple[Look, np.ndarray]] = []
+    alone = False
     for view, look in with_looks(views):
         name = display_name(view.label)
         variance = view.series("sigma_w") ** 2
@@ -123,7 +124,7 @@ def weight_variance(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
         if len(shown):
             ax.plot(shown.index, shown, color=look.colour, linestyle=look.line, label=name, linewidth=1.1)
         elif len(variance):
-            ax.plot([], [], color=look.colour, linestyle=look.line, label=f"{name}: exactly 0 (learners equal)")
+            ax.plot([], [], color=look.colour, linestyle=look.line, label=f"{name}: exactly 0")
         if "noise" not in view.groups or not len(shown):
             continue
         noise = view.groups["noise"]
@@ -132,14 +133,17 @@ def weight_variance(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
         finite = np.isfinite(predicted) & (predicted > 0)
         if finite.any():
             ax.plot(steps[finite], predicted[finite], linestyle="none", marker=look.marker, color=look.colour, markerfacecolor="white",
-                    label=f"{name}: minibatch noise alone", zorder=4)  # fmt: skip
+                    gid="prediction", zorder=4)  # fmt: skip
+            alone = True
         if np.isposinf(predicted).any():
             unstable.append((look, steps[np.isposinf(predicted)]))
-    if any(len(line.get_xdata()) for line in ax.get_lines()):
+    if any(np.size(line.get_xdata()) for line in ax.get_lines()):
         log_scale(ax)
+    if alone:
+        ax.plot([], [], "o", color="#555555", markerfacecolor="white", label="open: minibatch noise alone")
     if unstable:
         _mark_infinite(ax, unstable)
-    ax.set(xlabel="step", ylabel=r"weight variance $\sigma_w^2=\mathrm{Tr}\,\Sigma_w/d$ (weights$^2$)")
+    ax.set(xlabel="step", ylabel=r"$\sigma_w^2=\mathrm{Tr}\,\Sigma_w/d$ (weights$^2$)")
     legend_above(ax, 2)
     return ax
 
@@ -181,7 +185,7 @@ def _levels(views: Sequence[RunView]) -> list[tuple[float, str, object]]:
 
 def _mark_infinite(ax: Axes, unstable: list[tuple[Look, np.ndarray]]) -> None:
     ax.autoscale_view()
-    rows = band_at_top(ax, len(unstable), "unstable: minibatch noise alone has no stationary value (↑)")
+    rows = band_at_top(ax, len(unstable), "unstable: no stationary value (↑)")
     for height, (look, steps) in zip(rows, unstable, strict=True):
         ax.plot(steps, np.full(len(steps), height - 0.02), transform=ax.get_xaxis_transform(), linestyle="none", marker=r"$\uparrow$",
                 color=look.colour, markersize=6, gid="infinite-prediction", zorder=4)  # fmt: skip

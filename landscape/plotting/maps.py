@@ -90,7 +90,8 @@ def outcome_map(stability_map: xr.Dataset, ax: Axes | None = None) -> Axes:
         Patch(facecolor=OUTCOMES[k][0], label=f"{OUTCOMES[k][1]} {k} ({counts[k]})" if few else f"{k} ({counts[k]})")
         for k in reversed(kinds)
     ]
-    ax.legend(handles=patches, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, handlelength=1.2)
+    columns = 4 if ax.get_figure(root=True).get_figwidth() > 6 else 2  # type: ignore[union-attr]
+    ax.legend(handles=patches, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, handlelength=1.2)
     return ax
 
 
@@ -166,6 +167,7 @@ def time_to_threshold(stability_map: xr.Dataset, ax: Axes | None = None) -> Axes
     ax.set_ylim(0, float(table["step"].max()) * 1.03)
     if never:
         rows = band_at_top(ax, len(names), f"seeds of {table.sizes['seed']} that never get there:")
+        ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= float(table["step"].max())])
         for place, i, colour, count in never:
             ax.text(place, rows[i], str(count), transform=ax.get_xaxis_transform(), ha="center", va="top", color=colour, fontsize=6.5,
                     fontweight="bold", gid="never")  # fmt: skip

@@ -24,10 +24,10 @@ from landscape.plotting.style import (
 from landscape.plotting.view import RunView
 
 PARTS: dict[str, tuple[str, Look]] = {
-    "Delta_S": (r"minibatch $\Delta_S=\alpha^2|\xi_S|^2$", Look("#D55E00", DASHED, "s")),
-    "Delta_2": (r"landscape $\Delta_2=\alpha^2|\xi_D|^2$", Look("#0072B2", "-", "o")),
-    "Delta": (r"orthogonal $\Delta=|\eta|^2$", Look("#000000", DASH_DOT, "D")),
-    "cross": (r"|cross| $=|2\alpha^2\xi_S\cdot\xi_D|$", Look("#999999", DOTTED, "^")),
+    "Delta_S": (r"minibatch $\Delta_S$", Look("#D55E00", DASHED, "s")),
+    "Delta_2": (r"landscape $\Delta_2$", Look("#0072B2", "-", "o")),
+    "Delta": (r"orthogonal $\Delta$", Look("#000000", DASH_DOT, "D")),
+    "cross": (r"|cross|", Look("#999999", DOTTED, "^")),
 }
 NAMES = {"Delta_S": r"$\Delta_S$", "Delta_2": r"$\Delta_2$", "Delta": r"$\Delta$", "cross": "cross"}
 
@@ -36,7 +36,8 @@ NAMES = {"Delta_S": r"$\Delta_S$", "Delta_2": r"$\Delta_2$", "Delta": r"$\Delta$
 def noise_split(view: RunView, ax: Axes | None = None) -> Axes:
     """Strength of the noise of one step and its parts, means over fresh minibatches with 95% intervals.
 
-    The cross term has a sign: its size is drawn, open where it is negative. Parts that are exactly zero are named in the legend.
+    Delta_S = alpha^2 |xi_S|^2 of the minibatches, Delta_2 = alpha^2 |xi_D|^2 of the landscape, cross = 2 alpha^2 xi_S . xi_D, and
+    Delta = |eta|^2, the part of the whole that is orthogonal to g. The cross term has a sign: its size is drawn, open where it is negative. Parts that are exactly zero are named in the legend.
     The predicted minibatch part alpha^2 Tr(C)/(n B) is a thin line.
     """
     ax = axes_or_new(ax)
@@ -46,7 +47,7 @@ def noise_split(view: RunView, ax: Axes | None = None) -> Axes:
         mean, error = at[f"{name}_mean"].values, half_width(at[f"{name}_stderr"].values)
         x, size = dodge(steps, i, len(PARTS)), np.abs(mean)
         if not (size > 0).any():
-            ax.plot([], [], label=f"{NAMES[name]} = 0 exactly", **look.line_options())
+            ax.plot([], [], label=f"{NAMES[name]} = 0", **look.line_options())
             continue
         shown = size > 0
         down = np.minimum(error, 0.9 * size)  # a bar that reaches zero would leave a logarithmic axis
@@ -54,12 +55,12 @@ def noise_split(view: RunView, ax: Axes | None = None) -> Axes:
         negative = mean < 0
         if negative.any():
             ax.plot(x[negative], size[negative], linestyle="none", marker=look.marker, color=look.colour, markerfacecolor="white",
-                    gid="negative", label="cross, negative", zorder=5)  # fmt: skip
+                    gid="negative", label="cross < 0", zorder=5)  # fmt: skip
     predicted = at["Delta_S_predicted"].values
-    ax.plot(steps, predicted, color="#D55E00", linewidth=0.8, label=r"predicted $\Delta_S=\alpha^2\mathrm{Tr}\,C/(nB)$")
+    ax.plot(steps, predicted, color="#D55E00", linewidth=0.8, label=r"$\alpha^2\mathrm{Tr}\,C/(nB)$")
     log_scale(ax)
     ax.set(xlabel="step", ylabel=r"noise of one step (weights$^2$)")
-    legend_above(ax, 2, display_name(view.label))
+    legend_above(ax, 3, display_name(view.label))
     return ax
 
 

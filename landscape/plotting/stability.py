@@ -88,7 +88,7 @@ def coupled_growth(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
                     gid="not-converged", label=f"{display_name(view.label)}: not converged", zorder=5)  # fmt: skip
         drawn += growth.tolist()
     ax.axhline(1, color="#888888", linewidth=1.0, linestyle=DOTTED, label="limit of stability: 1", zorder=0)
-    log_if_wide(ax, drawn, 10)
+    log_if_wide(ax, drawn, 10.0)
     ax.set(xlabel="step", ylabel="growth of the disagreement per step")
     legend_above(ax, 2)
     return ax

@@ -25,10 +25,10 @@ from matplotlib.ticker import LogFormatterSciNotation
 
 from landscape.statistics import Z95
 
-WIDTHS = {"one-column": 3.4, "two-column": 7.0, "report": 5.2}
+WIDTHS = {"one-column": 3.4, "two-column": 7.0, "report": 4.7}
 """Figure widths in inches."""
 
-RC: dict[str, Any] = {
+RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.0,
@@ -145,7 +145,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(width: str = "report", *, rows: int = 1, height: float = 3.3) -> Figure:
+def new_figure(width: str = "report", *, rows: int = 1, height: float = 3.1) -> Figure:
     """An empty figure that belongs to no backend.
 
     Args:
@@ -161,7 +161,7 @@ def axes_or_new(ax: Axes | None) -> Axes:
     if ax is None:
         import matplotlib.pyplot as plt
 
-        _, ax = plt.subplots(figsize=(WIDTHS["report"], 3.3), layout="constrained")
+        _, ax = plt.subplots(figsize=(WIDTHS["report"], 3.1), layout="constrained")
     ax.tick_params(axis="x", which="both", labelsize=RC["xtick.labelsize"])
     ax.tick_params(axis="y", which="both", labelsize=RC["ytick.labelsize"])
     return ax
@@ -174,10 +174,19 @@ def legend_above(ax: Axes, columns: int = 3, title: str | None = None) -> None:
         range(len(handles)), key=lambda i: not isinstance(handles[i], Container)
     )  # measurements before lines
     handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    if handles or title:
-        ax.legend(
-            handles, labels, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns
+    if not handles and not title:
+        return
+    grid = ax.get_subplotspec()
+    share = 1 if grid is None else grid.get_gridspec().ncols
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    room = figure.bbox.width / share
+    for count in range(min(columns, max(1, len(handles))), 0, -1):  # as many columns as fit the panel
+        legend = ax.legend(
+            handles, labels, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=count
         )
+        if legend.get_window_extent().width < room - 0.7 * figure.dpi:  # less what labels take on the left
+            return
 
 
 def log_if_wide(ax: Axes, values: Iterable[float], ratio: float = 30.0) -> None:

@@ -12,6 +12,7 @@ import xarray as xr
 from landscape.checkpoints.format import CheckpointError, sync_folder
 from landscape.provenance import provenance
 
+
 def stamp(dataset: xr.Dataset, **attributes: Any) -> xr.Dataset:
     """The data set with provenance and further attributes on it; None is left out."""
     extra = {k: v for k, v in attributes.items() if v is not None}

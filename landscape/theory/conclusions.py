@@ -40,7 +40,8 @@ def choose_rate(result: xr.Dataset, num_choice_seeds: int, better: str = "dpsgd"
     hits = (part["median_last_loss"] < result.attrs["threshold"]).sum("seed")
     excess = (hits.sel(variant=better) - hits.sel(variant=worse)).values.astype(float)
     losses = part["median_last_loss"].clip(max=10.0)
-    gap = np.log(losses.sel(variant=worse) / losses.sel(variant=better)).mean("seed").values
+    ratios: xr.DataArray = np.log(losses.sel(variant=worse) / losses.sel(variant=better))  # type: ignore[assignment]
+    gap = ratios.mean("seed").values
     best = int(np.lexsort((gap, excess))[-1])
     return Separation(float(result["learning_rate"].values[best]), chosen, claimed)
 

@@ -62,34 +62,38 @@ def disagreement_modes(topology: Topology) -> np.ndarray:
         return np.empty((1, 0))
     if topology.kind == "random-pairing":
         return np.full((1, n - 1), topology.mean_matrix[0, 0] - topology.mean_matrix[0, 1])
+    apart = _on_disagreement(topology)
     if topology.is_symmetric and topology.is_static:
-        values, vectors = np.linalg.eigh(topology.mean_matrix)
-        ones = int(np.abs(vectors.sum(0)).argmax())
-        # the eigenvalue 1 may be repeated (a disconnected M): drop one of it only
-        return np.delete(values, int(np.isclose(values, 1).nonzero()[0][-1]) if np.isclose(values, 1).any() else ones)[
-            None
-        ]
-    _, vectors = np.linalg.eig(topology.mean_matrix)
-    unitary, _ = np.linalg.qr(np.concatenate([np.ones((n, 1)), vectors], 1))
-    modes = np.stack([np.einsum("ji,jk,ki->i", unitary.conj(), m, unitary) for m in topology.matrices])[:, 1:]
-    for m in topology.matrices:
-        rotated = unitary.conj().T @ m @ unitary
-        if not np.allclose(rotated, np.diag(np.diag(rotated)), atol=1e-8):
-            raise ValueError(
-                f"topology {topology.name}: its matrices are not normal and commuting, so graph modes do not separate"
-            )
-    return modes
+        return np.linalg.eigvalsh(apart)
+    # a Hermitian combination with coefficients of no meaning: its eigenvectors are those of each matrix, if they have them in common
+    even, odd = np.random.default_rng(0).uniform(0.5, 1.5, (2, len(apart), 1, 1))
+    swapped = apart.transpose(0, 2, 1)
+    _, unitary = np.linalg.eigh((even * (apart + swapped) + 1j * odd * (apart - swapped)).sum(0))
+    rotated = unitary.conj().T @ apart @ unitary
+    modes = np.diagonal(rotated, axis1=1, axis2=2)
+    if not np.allclose(rotated, modes[:, :, None] * np.eye(n - 1), atol=1e-8):
+        raise ValueError(
+            f"topology {topology.name}: its matrices are not normal and commuting, so graph modes do not separate"
+        )
+    return np.array(modes)
+
+
+def _on_disagreement(topology: Topology) -> np.ndarray:
+    """The matrices of a period on the vectors orthogonal to ones, in an orthonormal basis, (period, n - 1, n - 1)."""
+    n = topology.num_learners
+    basis = np.linalg.qr(np.concatenate([np.ones((n, 1)), np.eye(n)[:, :-1]], 1))[0][:, 1:]
+    return np.asarray(basis.T @ topology.matrices @ basis)
 
 
 def growth(topology: Topology, rule: LocalRule, x: np.ndarray) -> np.ndarray:
     """Growth per step of the fastest disagreement mode, for each x = alpha lambda; below 1 is stable.
 
-    For random pairing it is the root of the mean-square growth.
+    For random pairing it is the root of the mean-square growth. One matrix need not be normal: its eigenvalues decide.
     """
     x = np.atleast_1d(np.asarray(x, dtype=np.float64))
-    modes = disagreement_modes(topology)
-    if modes.shape[1] == 0:
+    if topology.num_learners == 1:
         return np.zeros_like(x)
+    modes = np.linalg.eigvals(_on_disagreement(topology)) if topology.is_static else disagreement_modes(topology)
     if topology.kind == "random-pairing":
         return np.sqrt(_radius(second_moment_map(modes[:1, 0], x, rule)))
     product: np.ndarray = np.broadcast_to(np.eye(2), (len(x), modes.shape[1], 2, 2))

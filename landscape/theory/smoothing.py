@@ -40,8 +40,6 @@ def kernel_deviations(
     deviations = learners.deviations
     if kernel == "learners":
         return deviations
-    if kernel not in KERNELS:
-        raise ValueError(f"no such kernel: {kernel}; there are {', '.join(KERNELS)}")
     half = (num_samples + 1) // 2
     generator = streams.torch_generator(f"kernel {kernel}", seed)
     if kernel == "isotropic":

@@ -39,8 +39,11 @@ def disagreement_threshold(topology: Topology, rule: LocalRule) -> float:
     """
     if topology.num_learners == 1:
         return float("inf")
-    grid = np.linspace(1e-4, 8 * (1 + rule.momentum) / (1 - rule.dampening), 4001)
-    unstable = growth(topology, rule, grid) >= 1
+    for reach in (8.0, 100.0, 10000.0):  # strong mixing under ATC and CTA is stable far beyond the mean's threshold
+        grid = np.linspace(1e-4, reach * (1 + rule.momentum) / (1 - rule.dampening), 4001)
+        unstable = growth(topology, rule, grid) >= 1
+        if unstable.any():
+            break
     if unstable[0]:
         return 0.0
     if not unstable.any():

@@ -7,6 +7,9 @@ import numpy as np
 from landscape.theory.modes import LocalRule, disagreement_modes, growth, second_moment_map
 from landscape.training.topology import Topology
 
+EDGE = 1 - 1e-12
+"""Growth from which a mode counts as unstable: at 1 its variance is infinite, and rounding must not make it huge or negative."""
+
 
 def stationary_variance(mu: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: LocalRule) -> np.ndarray:
     """Stationary variance of w in modes (mu, x = alpha lambda).
@@ -20,19 +23,19 @@ def stationary_variance(mu: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: 
     Returns:
         variances, infinite outside stability.
 
-    >>> float(stationary_variance(np.array(0.5), np.array(0.3), np.array(1.0), LocalRule("awc")))  # 1/(1 - (mu - x)^2)
-    1.0416666666666667
+    >>> round(float(stationary_variance(np.array(0.5), np.array(0.3), np.array(1.0), LocalRule("awc"))), 6)  # 1/(1 - (mu - x)^2)
+    1.041667
     """
     a, b = rule.matrices(mu, x)
     maps = np.einsum("...ij,...kl->...ikjl", a, np.conj(a)).reshape(*a.shape[:-2], 4, 4)
-    return _solve(maps, b, noise, np.abs(np.linalg.eigvals(a)).max(-1) < 1)
+    return _solve(maps, b, noise, np.abs(np.linalg.eigvals(a)).max(-1) < EDGE)
 
 
 def _solve(maps: np.ndarray, b: np.ndarray, noise: np.ndarray, stable: np.ndarray) -> np.ndarray:
     source = np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*b.shape[:-1], 4)
     safe = np.where(stable[..., None, None], maps, 0.0)
     moments = np.linalg.solve(np.eye(4) - safe, source[..., None])[..., 0]
-    return np.where(stable, moments[..., 0].real * noise, np.inf)
+    return np.where(stable, np.maximum(moments[..., 0].real, 0.0) * noise, np.inf)
 
 
 def disagreement_variance(topology: Topology, rule: LocalRule, x: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -49,13 +52,13 @@ def disagreement_variance(topology: Topology, rule: LocalRule, x: np.ndarray, no
         mubar = modes[0, :1]
         maps = second_moment_map(mubar, x, rule)
         at = [rule.matrices(np.asarray(m), x)[1] for m in (0.0, 1.0)]
-        stable = growth(topology, rule, x) < 1
+        stable = growth(topology, rule, x) < EDGE
         if rule.order == "atc":  # the noise is mixed by the same projection: E b b^T is linear in mubar
             sources = [np.einsum("...i,...k->...ik", b, b).reshape(-1, 4) for b in at]
             source = sources[0] + mubar[:, None] * (sources[1] - sources[0])
             safe = np.where(stable[:, None, None], maps, 0.0)
             moments = np.linalg.solve(np.eye(4) - safe, source[..., None])[..., 0, 0]
-            variance = np.where(stable, moments * noise, np.inf)
+            variance = np.where(stable, np.maximum(moments, 0.0) * noise, np.inf)
         else:
             variance = _solve(maps, at[0], noise, stable)
         return np.broadcast_to(variance, (modes.shape[1], len(x))).copy()
@@ -76,7 +79,7 @@ def _periodic(modes: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: LocalRu
         sources.append(np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*shape, 4))
         total_map = maps[-1] @ total_map
         total_source = (maps[-1] @ total_source[..., None])[..., 0] + sources[-1]
-    stable = np.abs(np.linalg.eigvals(total_map)).max(-1) < 1
+    stable = np.abs(np.linalg.eigvals(total_map)).max(-1) < EDGE
     moments = np.linalg.solve(np.eye(4) - np.where(stable[..., None, None], total_map, 0), total_source[..., None])[
         ..., 0
     ]
@@ -84,7 +87,7 @@ def _periodic(modes: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: LocalRu
     for m, s in zip(maps, sources, strict=True):
         moments = (m @ moments[..., None])[..., 0] + s
         mean += moments[..., 0].real / len(modes)
-    return np.where(stable, mean * noise, np.inf)
+    return np.where(stable, np.maximum(mean, 0.0) * noise, np.inf)
 
 
 def predicted_consensus(

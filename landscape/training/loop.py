@@ -166,7 +166,7 @@ class Program:
             mixing=self.mixing(state.step) if self.config.algorithm == "dpsgd" else None,
             noise=self.noise(state.step),
         )
-        finite = torch.isfinite(evaluation.losses) & torch.isfinite(evaluation.gradients.sum(1))
+        finite = torch.isfinite(evaluation.losses) & torch.isfinite(new.params.sum(1))  # gradients' too, then
         alive = alive & finite.unflatten(0, (-1, self.config.num_learners)).all(1)
         if not bool(alive.all()):
             new = _keep(new, state, alive.repeat_interleave(self.config.num_learners))
@@ -186,7 +186,9 @@ class Program:
     def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice) -> Evaluation:
         inputs, targets = self.train.batch(indices[part])
         buffers = {name: b[part] for name, b in state.buffers.items()}
-        summed, norm, gradients, buffers = self.model.summed_gradients(points[part], buffers, inputs, targets)
+        replica, learner = divmod(part.start, self.config.num_learners)
+        with streams.seeded("dropout", self.seeds[replica], learner, state.step, device=self.device):
+            summed, norm, gradients, buffers = self.model.summed_gradients(points[part], buffers, inputs, targets)
         if self.model.loss.reduction == "mean":
             summed, gradients = summed / norm, gradients.div_(norm.to(gradients.dtype)[:, None])
         return Evaluation(summed, gradients, buffers)

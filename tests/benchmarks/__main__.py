@@ -1,0 +1,6 @@
+"""Run every benchmark."""
+
+from tests.benchmarks import bench_stacked_step
+
+if __name__ == "__main__":
+    bench_stacked_step.main()

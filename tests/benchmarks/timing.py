@@ -1,0 +1,52 @@
+"""Ratios measured side by side: the two sides alternate, so that a change of the machine's speed meets both."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from landscape.provenance import provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def paired(
+    first: Callable[[], Any], second: Callable[[], Any], *, repeats: int = 60, warmup: int = 10
+) -> dict[str, float]:
+    """Median times in milliseconds of both sides, and the median and quartiles of the ratio first/second, pair by pair."""
+
+    def timed(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(warmup):
+        timed(first)
+        timed(second)
+    pairs = [(timed(first), timed(second)) for _ in range(repeats)]
+    ratios = [a / b for a, b in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "first_ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "second_ms": 1e3 * statistics.median(b for _, b in pairs),
+        "ratio": middle,
+        "ratio_lower_quartile": low,
+        "ratio_upper_quartile": high,
+        "pairs": repeats,
+    }
+
+
+def store(name: str, content: dict[str, Any], device: str = "cpu") -> Path:
+    """Write results/NAME.json with provenance."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"provenance": provenance(device), **content}, indent=1) + "\n")
+    return path

@@ -1,0 +1,138 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from landscape.checkpoints import Run
+from landscape.checkpoints.format import MEASUREMENTS_FILE
+from landscape.experiments.measure import MEASURES, MeasureConfig, measure
+from landscape.experiments.train import train
+from landscape.objective import Objective
+from landscape.results import load_groups
+from landscape.tasks import Task
+from landscape.theory.scorecard import scorecard
+from landscape.training.config import TrainConfig
+
+LIGHT = MeasureConfig(num_draws=6, num_smoothing_samples=4, num_eigenpairs=4, max_matvecs=20, smoothing_matvecs=4)
+BASE = TrainConfig("dpsgd", 0.3, num_learners=4, local_batch_size=8, num_steps=12, checkpoint_every=6, dtype="float64")
+
+
+def run_of(task: Task, path: Path, **changes: object) -> Run:
+    return train(task, dataclasses.replace(BASE, **changes), path, quiet=True)  # type: ignore[arg-type]
+
+
+def test_every_measure_at_every_checkpoint(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run")
+    groups = measure(run, task=tiny_task, settings=LIGHT, quiet=True)
+    assert set(groups) == set(MEASURES)
+    for name, group in groups.items():
+        assert group["step"].values.tolist() == [0, 6, 12], name
+        assert group.attrs["provenance_torch"] == str(torch.__version__)
+        assert group.attrs["algorithm"] == "dpsgd"
+    on_disk = load_groups(run.path / MEASUREMENTS_FILE)
+    np.testing.assert_array_equal(on_disk["noise"]["Delta_2"], groups["noise"]["Delta_2"])
+    assert float(groups["effective-learning-rate"]["identity_error"].max()) < 1e-10
+    assert {
+        "E alpha_e / alpha",
+        "Delta_S",
+        "Tr Sigma_w",
+        "smoothness of L~",
+        "growth of disagreement",
+        "one-step change of L",
+    } <= set(scorecard(groups)["quantity"])
+
+
+def test_numbers_are_those_of_the_library_calls(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run")
+    groups = measure(
+        run, ("effective-learning-rate", "curvature", "stability"), [12], task=tiny_task, settings=LIGHT, quiet=True
+    )
+    data, _ = tiny_task.load_data(None)
+    objective = Objective(tiny_task.build_model().double(), tiny_task.loss_fn, data)
+    learners = run.learners(12)
+    g = objective.gradient(learners.mean)
+    exact = float(objective.stacked_gradients(learners.weights).mean(0) @ g / (g @ g))
+    found = groups["effective-learning-rate"].sel(step=12, prediction="exact")
+    assert float(found["alpha_e_ratio_predicted"]) == pytest.approx(exact, rel=1e-10)
+
+    def loss(flat: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(objective.model.module, objective.model.layout.split(flat), (data.inputs,))
+        return torch.nn.functional.cross_entropy(outputs, data.targets)
+
+    top = [float(torch.linalg.eigvalsh(torch.func.hessian(loss)(w))[-1]) for w in (learners.mean, *learners.weights)]
+    assert float(groups["curvature"]["lambda_max"].sel(step=12)) == pytest.approx(top[0], rel=1e-3)
+    np.testing.assert_allclose(groups["curvature"]["learner_lambda_max"].sel(step=12), top[1:], rtol=1e-2)
+    half = groups["stability"]["alpha_lambda_half"].sel(step=12)
+    assert float(half.sel(function="w_a")) == pytest.approx(0.15 * top[0], rel=1e-3)
+    assert float(half.sel(function="learners")) == pytest.approx(0.15 * max(top[1:]), rel=1e-2)
+
+
+def test_a_second_call_measures_only_what_is_missing(
+    tiny_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tiny_task, tmp_path / "run")
+    measure(run, ("ledger",), [6], task=tiny_task, settings=LIGHT, quiet=True)
+    calls: list[int] = []
+    original = MEASURES["ledger"]
+    monkeypatch.setitem(MEASURES, "ledger", lambda at: calls.append(at.step) or original(at))
+    groups = measure(run, ("ledger",), [6, 12], task=tiny_task, settings=LIGHT, quiet=True)
+    assert calls == [12]
+    assert groups["ledger"]["step"].values.tolist() == [6, 12]
+    measure(run, ("ledger",), [6, 12], task=tiny_task, settings=dataclasses.replace(LIGHT, num_draws=7), quiet=True)
+    assert calls == [12, 6, 12]  # other settings: measured again
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "ssgd"}, {"algorithm": "ssgd-star", "sigma0": 0.05}, {"order": "atc"}, {"order": "cta"}, {"momentum": 0.9},
+        {"topology": "random-pairing"}, {"topology": "exponential"}, {"num_learners": 1}, {"gamma": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_kind_of_run_can_be_measured(tiny_task: Task, tmp_path: Path, changes: dict[str, object]) -> None:
+    run = run_of(tiny_task, tmp_path / "run", **changes)
+    groups = measure(run, steps=[12], task=tiny_task, settings=LIGHT, quiet=True)
+    assert math.isfinite(float(groups["effective-learning-rate"]["alpha_e_ratio_mean"]))
+    if changes.get("algorithm") == "ssgd" or changes.get("num_learners") == 1:
+        assert float(groups["noise"]["consensus_trace"]) == 0
+        assert float(groups["noise"]["Delta_2_mean"]) == 0
+        assert "coupled_disagreement" not in groups["stability"]
+    elif changes.get("algorithm") == "ssgd-star":
+        assert float(groups["noise"]["Delta_2_mean"]) > 0
+    else:
+        assert float(groups["stability"]["coupled_disagreement"]) > 0
+
+
+def test_a_diverged_checkpoint_is_left_out_and_named(tiny_task: Task, tmp_path: Path) -> None:
+    from landscape.checkpoints.writer import RunWriter
+    from landscape.functional import FunctionalModel
+    from landscape.training.state import LearnerState
+
+    run = run_of(tiny_task, tmp_path / "run")
+    writer, model = (
+        RunWriter(run.path, dict(run.record)),
+        FunctionalModel(tiny_task.build_model().double(), tiny_task.loss_fn),
+    )
+    broken = LearnerState(torch.full((4, model.layout.num_parameters), math.nan, dtype=torch.float64), {}, None, 13)
+    writer.save_checkpoint(broken, model, run.learners(12).facts)
+    groups = measure(run, ("noise",), [12, 13], task=tiny_task, settings=LIGHT, quiet=True)
+    assert groups["noise"]["step"].values.tolist() == [12]
+    assert groups["noise"].attrs["skipped_steps"] == "13"
+
+
+def test_mistakes_are_explained(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run")
+    with pytest.raises(ValueError, match="no such measure: sharpness"):
+        measure(run, ("sharpness",), task=tiny_task, quiet=True)
+    with pytest.raises(ValueError, match="no checkpoint of step 7; there are 0, 6, 12"):
+        measure(run, ("noise",), [7], task=tiny_task, quiet=True)
+    train_data, test_data = tiny_task.load_data(None)
+    shifted = dataclasses.replace(train_data, inputs=train_data.inputs + 1)
+    other = dataclasses.replace(tiny_task, load_data=lambda root: (shifted, test_data))
+    with pytest.raises(ValueError, match="trained on other data"):
+        measure(run, ("noise",), [12], task=other, settings=LIGHT, quiet=True)
+    assert measure(run, ("noise",), [12], task=other, settings=LIGHT, allow_other_data=True, quiet=True)

@@ -1,0 +1,196 @@
+"""The report is one file that loads nothing, says everything in words too, and hides nothing."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from landscape.plotting import tables
+from landscape.plotting.report import NEUTRAL, write_report
+from landscape.plotting.view import RunView
+from landscape.theory.scorecard import scorecard
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text without style sheets, and tags left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(views: list[RunView], mapped: xr.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    said = ["First <finding> & its reason.", "Second finding."]
+    return write_report(
+        path, views, mapped, title="A <title>", conclusions=said, how_to_reproduce="landscape reproduce --out DIR"
+    )
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page(report.read_text(encoding="utf-8"))
+
+
+def test_it_loads_nothing_and_names_no_directory(report: Path, page: Page, views: list[RunView]) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|//[a-z]|@import|url\(", text)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "object", "embed")
+        for name in ("src", "href", "srcset"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+    assert str(views[0].run.path.parent) not in text
+    assert page.open == []
+
+
+def test_pictures_are_vector_and_have_words(page: Page, views: list[RunView]) -> None:
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    measured = sum(len(v.groups) for v in views)
+    assert len(pictures) >= 4 + 3 + measured
+    for picture in pictures:
+        assert len(picture["alt"] or "") > 30
+        kind, _, data = (picture["src"] or "").partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert b"<svg" in base64.b64decode(data)[:2000]
+    assert len({picture["alt"] for picture in pictures}) == len(pictures)
+
+
+def test_conclusions_come_first_as_given(page: Page) -> None:
+    assert (
+        page.text.index("First <finding> & its reason.") < page.text.index("Second finding.") < page.text.index("Runs")
+    )
+    assert "A <title>" in page.text
+
+
+def test_every_verdict_is_a_word_and_every_count_is_the_scorecards(page: Page, views: list[RunView]) -> None:
+    assert all(word in page.text for word in tables.VERDICTS)
+    for view in views:
+        card = scorecard(view.groups)
+        table = tables.verdict_table(view)
+        for word in tables.VERDICTS:
+            told = sum(count for row in table.rows for verdict, count in row[2] if verdict == word)
+            assert told == int((card["verdict"] == word).sum())
+        assert len(tables.scorecard_table(view).rows) == len(card)
+    given = {v for view in views for v in scorecard(view.groups)["verdict"]}
+    assert given <= set(tables.VERDICTS)
+
+
+def test_bounds_are_called_estimates_with_their_ratio(dpsgd: RunView, page: Page) -> None:
+    at = dpsgd.groups["smoothing"]
+    ratio = float((at["bound"].sel(bound_kind="paper") / at["smoothness"].sel(kernel="isotropic")).median())
+    row = next(r for r in tables.verdict_table(dpsgd).rows if "2G/σ" in r[1])
+    assert row[1].startswith("estimated bound")
+    assert row[3] == f"{tables.number(ratio)} bound / measured"
+    assert row[1] in page.text
+
+
+def test_infinite_predictions_are_told_not_averaged(dpsgd: RunView) -> None:
+    group = dpsgd.groups["noise"].copy(deep=True)
+    measured = group["consensus_trace"].values
+    group["consensus_trace_predicted"] = ("step", [np.inf, measured[1] / 3, np.inf])
+    row = next(r for r in tables.verdict_table(replace(dpsgd, groups={"noise": group})).rows if r[0] == "Tr Σ_w")
+    assert row[3] == "3 where finite; predicted ∞ at 2 of 3"
+
+
+def test_counts_of_the_map_leave_out_what_was_not_run(mapped: xr.Dataset, page: Page) -> None:
+    table = tables.convergence_table(mapped)
+    star = next(r for r in table.rows if r[0].startswith("SSGD*"))
+    assert [c == "not run" for c in star[1:4]] == [True, False, True]
+    ended = mapped["outcome"].sel(variant="dpsgd", learning_rate=1e38).values
+    assert "4 non-finite" in next(r for r in table.rows if r[0] == "DPSGD")[3]
+    assert (ended == "non-finite").all()
+    assert "not run" in page.text
+
+
+def test_provenance_names_seed_versions_commit_and_data(page: Page, dpsgd: RunView) -> None:
+    record = dpsgd.run.record
+    for text in (record["data"]["fingerprint"]["train"], record["provenance"]["git_commit"], record["provenance"]["torch"],
+                 dpsgd.groups["ledger"].attrs["provenance_time"], "num_draws 6"):  # fmt: skip
+        assert text in page.text
+
+
+def test_one_run_without_a_map_and_one_that_was_not_measured(dpsgd: RunView, tmp_path: Path) -> None:
+    alone = Page(write_report(tmp_path / "one.html", [dpsgd], title="One").read_text(encoding="utf-8"))
+    assert NEUTRAL in alone.text
+    assert "Who converges" not in alone.text
+    bare = Page(
+        write_report(tmp_path / "bare.html", [replace(dpsgd, groups={})], title="Bare").read_text(encoding="utf-8")
+    )
+    assert "Not measured, so without predictions: DPSGD" in bare.text
+    assert len([t for t, _ in bare.tags if t == "img"]) == 3
+    assert not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.slow
+def test_several_maps_each_have_a_section(dpsgd: RunView, mapped: xr.Dataset, tmp_path: Path) -> None:
+    both = {"local batch 8": mapped, "local batch 16": mapped}
+    text = Page(write_report(tmp_path / "r.html", [replace(dpsgd, groups={})], both, title="Two").read_text(encoding="utf-8")).text
+    assert "learning rate: local batch 8" in text
+    assert "learning rate: local batch 16" in text
+
+
+def test_mistakes_are_said(tmp_path: Path, dpsgd: RunView) -> None:
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report(tmp_path / "r.html", [], title="None")
+    with pytest.raises(ValueError, match="is a directory"):
+        write_report(tmp_path, [dpsgd], title="Where")
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "shown"),
+    [(0.759813, 0.00467, "0.7598 ± 0.0047"), (1234.5, 67.8, "1234 ± 68"), (2.5168e-4, 2.28e-5, "(2.52 ± 0.23)×10⁻⁴"),
+     (-0.5, 0.02, "−0.500 ± 0.020"), (1.0, 0.0, "1"), (float("inf"), 0.0, "∞"), (0.2, float("nan"), "0.2")],
+)  # fmt: skip
+def test_numbers_are_short_and_keep_their_errors(value: float, stderr: float, shown: str) -> None:
+    assert tables.with_error(value, stderr) == shown
+
+
+def test_paths_are_told_by_their_last_part_only(dpsgd: RunView) -> None:
+    record = {**dpsgd.run.record, "config": {**dpsgd.run.record["config"], "sigma0": "/home/someone/runs/dpsgd"}}
+    view = replace(dpsgd, run=replace(dpsgd.run, record=record))
+    assert ["sigma0", "dpsgd"] in tables.run_provenance(view).rows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on PATH")
+def test_a_browser_reports_no_errors(report: Path, tmp_path: Path) -> None:
+    def console(page: Path) -> list[str]:
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                   "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert html.escape("<title>", quote=False) in done.stdout or page != report
+        return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    broken = tmp_path / "broken.html"
+    broken.write_text("<script>console.error('seen')</script>")
+    assert console(broken)  # or an empty console would mean nothing
+    assert console(report) == []

@@ -1,0 +1,143 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from landscape.cli import main
+
+TRAIN = ["train", "--task", "mnist-mlp", "--algorithm", "dpsgd", "--learning-rate", "0.5"]
+SHORT = [*TRAIN, "--num-steps", "4", "--num-learners", "4", "--local-batch-size", "20", "--checkpoint-every", "2"]
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:  # the parser's own
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "nan"], "learning_rate must be a positive number, not nan"),
+        (["--learning-rate", "0"], "learning_rate must be a positive number, not 0.0"),
+        (["--num-learners", "0"], "num_learners must be at least 1, not 0"),
+        (["--topology", "moebius"], "no such topology: moebius"),
+        (["--topology", "hypercube"], "power of two, not 6"),
+        (["--task", "mnist-lmp"], "no such task: mnist-lmp"),
+        (["--local-batch-size", "4001"], "local_batch_size 4001 is larger than the data (4000 training examples)"),
+        (["--schedule", "cosinus"], "schedule 'cosinus' cannot be read"),
+        (["--task", "mnist-full-mlp", "--data-root", "nowhere"], "train-images-idx3-ubyte"),
+        (["--device", "abacus"], "no such device: abacus"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_ends_with_one_line_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "mnist-full-mlp" in arguments:
+        pytest.importorskip("torchvision", reason="torchvision reads the full MNIST", exc_type=ImportError)
+    assert run([*TRAIN, "--out", str(tmp_path / "run"), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("landscape: error: ")
+    assert len(captured.err.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_an_unknown_flag_or_command_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*TRAIN, "--out", str(tmp_path / "run"), "--warp", "9"]) == 2
+    assert "--warp" in capsys.readouterr().err
+    assert run(["trian"]) == 2
+
+
+def test_a_matrix_that_is_not_doubly_stochastic_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savetxt(tmp_path / "m.csv", [[0.5, 0.5], [0.4, 0.5]], delimiter=",")
+    assert (
+        run([*TRAIN, "--num-learners", "2", "--topology", str(tmp_path / "m.csv"), "--out", str(tmp_path / "run")]) == 2
+    )
+    assert "row 1 sums to 0.9, off by -0.1" in capsys.readouterr().err
+
+
+def test_train_measure_report_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "run")
+    assert run([*SHORT, "--out", path]) == 0
+    captured = capsys.readouterr()
+    assert (
+        "stable while alpha lambda_max < 2 (mean), 0.667 (disagreement)" in captured.err
+        or "(disagreement)" in captured.err
+    )
+    assert "complete" in captured.out
+    assert run([*SHORT, "--out", path]) == 2
+    assert "already holds a run; continue it with --resume, or replace it with --overwrite" in capsys.readouterr().err
+    assert run([*SHORT, "--out", path, "--resume"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run([*SHORT, "--out", path, "--resume", "--seed", "3"]) == 2
+    assert "seed: 0 in the run, 3 now" in capsys.readouterr().err
+    assert run(["report", path, "--out", str(tmp_path / "report.html")]) == 2
+    assert "run landscape measure on it first" in capsys.readouterr().err
+    assert (
+        run(
+            [
+                "measure",
+                path,
+                "--measures",
+                "noise",
+                "effective-learning-rate",
+                "--steps",
+                "4",
+                "--num-draws",
+                "4",
+                "--num-smoothing-samples",
+                "2",
+            ]
+        )
+        == 0
+    )
+    assert "E alpha_e / alpha" in capsys.readouterr().out
+    assert run(["report", path, "--out", str(tmp_path / "report.html")]) == 0
+    assert "alpha" in (tmp_path / "report.html").read_text()
+    capsys.readouterr()
+    assert run(["inspect", path]) == 0
+    assert "4 learners x 20" in capsys.readouterr().out
+    assert run(["inspect", f"{path}/checkpoints/step-00000004"]) == 0
+    assert "1.weight F32[50, 784]" in capsys.readouterr().out
+    assert run(["inspect", str(tmp_path)]) == 2
+
+
+def test_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("mnist-mlp", "mnist-mlp-gelu", "mnist-mlp-tanh", "mnist-full-mlp"):
+        assert name in listed
+
+
+def test_quiet_is_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*SHORT, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_the_module_runs_and_debug_shows_where(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "landscape", *TRAIN, "--num-learners", "0", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "LANDSCAPE_DEBUG": "1"}, check=False
+    )
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_run_json_tells_the_spectrum(tmp_path: Path) -> None:
+    assert run([*SHORT, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    np.testing.assert_allclose(sorted(record["topology"]["spectrum"]), [-1 / 3, 1 / 3, 1 / 3, 1], atol=1e-12)
+    assert record["topology"]["thresholds"]["disagreement"] == pytest.approx(2 / 3)
+    assert record["provenance"]["torch"]
