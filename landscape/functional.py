@@ -167,16 +167,23 @@ class FunctionalModel:
     def summed_gradients(
         self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, targets: Any, *, shared: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Buffers]:
-        """Gradients of the summed contributions, for minibatches and for streaming over a data set.
+        """Gradients of the summed contributions, for streaming over a data set.
 
         Returns:
             summed contributions (L,), summed example weights (L,), gradients of the first (L, d), and the new buffers.
             A mean-reduced loss and its gradient are the first and third divided by the second.
         """
-
         batched, single = self._gradient_functions()
         summed, norm, gradients, fresh = self._map(batched, single, weights, buffers, inputs, targets, _axes(shared))
         return summed, norm, self.layout.join(gradients, lead=1), fresh
+
+    def minibatch_gradients(
+        self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, targets: Any
+    ) -> tuple[Tensor, Tensor, Buffers]:
+        """Each weight vector's loss on its own minibatch, as its reduction says: losses (L,), gradients (L, d), new buffers."""
+        batched, single = self._gradient_functions(reduced=True)
+        losses, _, gradients, fresh = self._map(batched, single, weights, buffers, inputs, targets, _axes(False))
+        return losses, self.layout.join(gradients, lead=1), fresh
 
     def example_gradients(
         self, weights: Float[Tensor, " d"], buffers: Buffers, inputs: Any, targets: Any
@@ -219,27 +226,32 @@ class FunctionalModel:
 
         return multiply, example_weights.sum()
 
-    def _gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(summed contributions, summed weights, gradients by name, new buffers) of one weight vector, for vmap and alone."""
+    def _gradient_functions(self, *, reduced: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """(loss, summed weights, gradients by name, new buffers) of one weight vector, for vmap and alone.
+
+        The loss is the sum of the contributions, or with `reduced` what the loss's own reduction makes of them.
+        """
+        divide = reduced and self.loss.reduction == "mean"
 
         def total(
             parameters: dict[str, Tensor], b: Buffers, x: Any, y: Any
         ) -> tuple[Tensor, tuple[Tensor, Tensor, Buffers]]:
             fresh = _clone(b)
             contributions, example_weights = self._example_losses(parameters, fresh, x, y)
-            summed = contributions.sum()
-            return summed, (summed.detach(), example_weights.sum(), fresh)
+            norm = example_weights.sum()
+            loss = contributions.sum() / norm if divide else contributions.sum()
+            return loss, (loss.detach(), norm, fresh)
 
         def batched(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], Buffers]:
-            gradients, (summed, norm, fresh) = torch.func.grad(total, has_aux=True)(self.layout.split(w), b, x, y)
-            return summed, norm, gradients, fresh
+            gradients, (value, norm, fresh) = torch.func.grad(total, has_aux=True)(self.layout.split(w), b, x, y)
+            return value, norm, gradients, fresh
 
         def single(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], Buffers]:
             parameters = {n: p.detach().requires_grad_() for n, p in self.layout.split(w).items()}
-            loss, (summed, norm, fresh) = total(parameters, b, x, y)
+            loss, (value, norm, fresh) = total(parameters, b, x, y)
             gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
             return (
-                summed,
+                value,
                 norm,
                 dict(zip(parameters, gradients, strict=True)),
                 {n: t.detach() for n, t in fresh.items()},

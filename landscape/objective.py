@@ -113,8 +113,7 @@ class Objective:
         parts = []
         for part in chunks(len(weights), max(1, self.chunk // indices.shape[1])):
             inputs, targets = self.data.batch(indices[part].to(self.device))
-            _, norm, summed, _ = self.model.summed_gradients(weights[part], self._held_buffers(part), inputs, targets)
-            parts.append(summed / norm.to(summed.dtype)[:, None] if self.model.loss.reduction == "mean" else summed)
+            parts.append(self.model.minibatch_gradients(weights[part], self._held_buffers(part), inputs, targets)[1])
         return torch.cat(parts)
 
     def example_gradients(self, weights: Weights, *, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:

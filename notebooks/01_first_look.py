@@ -47,9 +47,7 @@ path = os.environ.get("LANDSCAPE_RUN")
 if path:
     run = ls.open_run(path)
 else:
-    config = ls.TrainConfig(
-        "dpsgd", learning_rate=1.0, local_batch_size=200, num_steps=60, checkpoint_every=20, seed=1
-    )
+    config = ls.TrainConfig("dpsgd", learning_rate=1.0, local_batch_size=200, num_steps=60, checkpoint_every=20, seed=1)
     run = ls.train("mnist-mlp", config, Path(folder.name) / "dpsgd", quiet=True)
 c = run.config
 print(
@@ -132,7 +130,7 @@ _ = dynamics.one_step_ledger(view)
 table = verdict_table(view)
 for quantity, prediction, verdicts, ratio in table.rows:
     said = ", ".join(f"{word} {count}x" for word, count in verdicts)
-    print(f"{quantity:24s} {prediction:38s} {said:36s} ratio {ratio}")
+    print(f"{quantity:20s} {prediction:26s} {said:32s} ratio {ratio}")
 
 # %% [markdown]
 # ## Where next

@@ -185,7 +185,7 @@ class Checkpoint:
             return [float(self.eigenpairs.values[0])] * len(self.learners)
         s = self.settings
         return [
-            float(top_eigenpairs(h, 1, "LA", tol=0.01, max_matvecs=s.max_matvecs, seed=s.seed).values[0])
+            float(top_eigenpairs(h, 1, "LA", tol=1e-3, max_matvecs=s.max_matvecs, seed=s.seed).values[0])
             for h in self.learner_hessians
         ]
 
@@ -310,7 +310,7 @@ def _smoothing(at: Checkpoint) -> xr.Dataset:
 def _stability(at: Checkpoint) -> xr.Dataset:
     alpha = at.learning_rate
     half = alpha / 2
-    names = ["w_a", "learners", *KERNELS]
+    names = ["w_a", "sharpest-learner", *KERNELS]
     values = [half * float(at.eigenpairs.values[0]), half * max(at.learner_lambda_max)]
     values += [half * at.smoothed[k].lambda_max if k in at.smoothed else math.nan for k in KERNELS]
     errors = [half * float(at.eigenpairs.residuals[0]), math.nan]

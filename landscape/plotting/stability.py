@@ -29,7 +29,7 @@ FUNCTIONS = (
     ("covariance", "smoothed, covariance"),
     ("learners", "smoothed, learners' own"),
 )
-"""Look and name of each row of alpha_lambda_half, in its order: by place, since two of its rows are about the learners."""
+"""Look and name of each row of alpha_lambda_half, in its order."""
 
 
 @style()

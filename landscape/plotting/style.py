@@ -141,8 +141,16 @@ def looks(variants: Sequence[str]) -> list[Look]:
 @contextmanager
 def style() -> Iterator[None]:
     """The package's look while inside, as a context or a decorator; matplotlib's settings are restored after."""
-    with matplotlib.rc_context({**sns.axes_style("ticks"), **sns.plotting_context("paper"), **RC}):
-        yield
+    settings: dict[Any, Any] = {**sns.axes_style("ticks"), **sns.plotting_context("paper"), **RC}
+    interactive = matplotlib.rcParams["interactive"]
+    try:
+        with matplotlib.rc_context(settings):
+            try:
+                yield
+            finally:  # a backend that starts with the first figure, as a notebook's does, turns this on: not ours to undo
+                interactive = matplotlib.rcParams["interactive"]
+    finally:
+        matplotlib.rcParams["interactive"] = interactive
 
 
 def new_figure(width: str = "report", *, rows: int = 1, height: float = 3.1) -> Figure:

@@ -242,6 +242,8 @@ def _median_ratio(part: pd.DataFrame) -> str:
         return f"{text} bound / measured"
     if str(first["prediction"]).startswith("stable"):
         return f"{text} limit / measured"
+    if not finite.any():
+        return f"predicted ∞ at all {len(finite)}"
     if (~finite).any():
         text += f" where finite; predicted ∞ at {int((~finite).sum())} of {len(finite)}"
     return text

@@ -216,7 +216,7 @@ def _smoothness(groups: Mapping[str, xr.Dataset]) -> list[str]:
     at = groups["stability"]["alpha_lambda_half"]
     means = {
         name: float(at.sel(function=name).mean("step"))
-        for name in ("w_a", "learners", "isotropic", "covariance", "learners-kernel")
+        for name in ("w_a", "sharpest-learner", "isotropic")
         if name in at["function"].values
     }
     ratio = means.get("isotropic", math.nan) / means["w_a"] if means["w_a"] > 0 else math.nan
@@ -225,7 +225,7 @@ def _smoothness(groups: Mapping[str, xr.Dataset]) -> list[str]:
         kernel="isotropic"
     )
     tightness = bound.values[np.isfinite(bound.values)]
-    said = f"Averaged over checkpoints, alpha lambda_max/2 is {means['w_a']:.2f} at w_a and {means['learners']:.2f} at the sharpest learner; the paper's isotropic kernel at the measured sigma_w {words} the top curvature (ratio {ratio:.2f})"
+    said = f"Averaged over checkpoints, alpha lambda_max/2 is {means['w_a']:.2f} at w_a and {means['sharpest-learner']:.2f} at the sharpest learner; the paper's isotropic kernel at the measured sigma_w {words} the top curvature (ratio {ratio:.2f})"
     if len(tightness):
         said += f", and the bound 2 G/sigma with the measured G lies {np.min(tightness):.3g} to {np.max(tightness):.3g} times above the measured smoothness: {'vacuous here' if np.min(tightness) > 10 else 'informative'}"
     return [said + "."]

@@ -106,7 +106,7 @@ def take_step(
         if order == "awc":
             assert exchange is not None
             start = exchange.wait()
-        params = torch.addcmul(start, direction, learning_rates, value=-1)
+        params = torch.addcmul(start, direction, learning_rates, value=-1, out=None if start is weights else start)
         if order == "atc":
             params = communicator.start_mix(params, mixing).wait()
     else:

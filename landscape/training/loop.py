@@ -188,10 +188,8 @@ class Program:
         buffers = {name: b[part] for name, b in state.buffers.items()}
         replica, learner = divmod(part.start, self.config.num_learners)
         with streams.seeded("dropout", self.seeds[replica], learner, state.step, device=self.device):
-            summed, norm, gradients, buffers = self.model.summed_gradients(points[part], buffers, inputs, targets)
-        if self.model.loss.reduction == "mean":
-            summed, gradients = summed / norm, gradients.div_(norm.to(gradients.dtype)[:, None])
-        return Evaluation(summed, gradients, buffers)
+            losses, gradients, buffers = self.model.minibatch_gradients(points[part], buffers, inputs, targets)
+        return Evaluation(losses, gradients, buffers)
 
 
 def controlled_disagreement(matrix: np.ndarray, gamma: float) -> np.ndarray:

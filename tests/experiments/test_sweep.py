@@ -75,7 +75,7 @@ def test_matched_noise_follows_the_recorded_spread(tiny_task: Task, tmp_path: Pa
     )
     single = train(tiny_task, star, tmp_path / "s", quiet=True)
     # the run's last 50 steps are all logged, the map's every 20th: the interpolated levels differ a little
-    assert float(found["median_last_loss"].sel(variant="ssgd-star-matched")) == pytest.approx(
+    assert found["median_last_loss"].sel(variant="ssgd-star-matched").item() == pytest.approx(
         single.record["outcome"]["median_last_train_loss"], rel=0.02
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,22 +198,34 @@ def test_a_loss_that_cannot_be_batched_trains_and_is_evaluated(tiny_task: Task, 
 # Resuming ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole_run(tiny_task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, int]]:
+    """An uninterrupted run of a config, and how often it evaluated its loss."""
+
+    @functools.cache
+    def make(name: str) -> tuple[Run, int]:
+        counting = Stopping()
+        task = dataclasses.replace(tiny_task, loss_fn=counting)
+        return train(task, CONFIGS[name], tmp_path_factory.mktemp(name) / "whole", quiet=True), counting.calls
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("name", "share"),
     [*itertools.product(CONFIGS, [0.4, 0.85]), *(("dpsgd", share) for share in (0.0, 0.1, 0.55, 0.97, 1.0))],
 )
-def test_resuming_after_a_cut_is_bit_identical(tiny_task: Task, tmp_path: Path, name: str, share: float) -> None:
+def test_resuming_after_a_cut_is_bit_identical(
+    tiny_task: Task, tmp_path: Path, whole_run: Callable[[str], tuple[Run, int]], name: str, share: float
+) -> None:
     """Cut off in the first evaluation, somewhere between, and in the last one, of the metrics after the last step."""
-
-    def run(loss: Stopping, out: str, **options: bool) -> Run:
-        return train(dataclasses.replace(tiny_task, loss_fn=loss), CONFIGS[name], tmp_path / out, quiet=True, **options)
-
-    counting = Stopping()
-    whole = run(counting, "whole")
+    whole, calls = whole_run(name)
+    task = dataclasses.replace(tiny_task, loss_fn=Stopping(round(share * (calls - 1))))
     with pytest.raises(Stop):
-        run(Stopping(round(share * (counting.calls - 1))), "cut")
+        train(task, CONFIGS[name], tmp_path / "cut", quiet=True)
     assert open_run(tmp_path / "cut").status == "running"
-    assert_same_training(run(Stopping(), "cut", resume=True), whole)
+    task = dataclasses.replace(tiny_task, loss_fn=Stopping())
+    assert_same_training(train(task, CONFIGS[name], tmp_path / "cut", resume=True, quiet=True), whole)
 
 
 def test_resuming_over_and_over_is_bit_identical(tiny_task: Task, tmp_path: Path) -> None:

@@ -153,7 +153,9 @@ def test_one_run_without_a_map_and_one_that_was_not_measured(dpsgd: RunView, tmp
 @pytest.mark.slow
 def test_several_maps_each_have_a_section(dpsgd: RunView, mapped: xr.Dataset, tmp_path: Path) -> None:
     both = {"local batch 8": mapped, "local batch 16": mapped}
-    text = Page(write_report(tmp_path / "r.html", [replace(dpsgd, groups={})], both, title="Two").read_text(encoding="utf-8")).text
+    text = Page(
+        write_report(tmp_path / "r.html", [replace(dpsgd, groups={})], both, title="Two").read_text(encoding="utf-8")
+    ).text
     assert "learning rate: local batch 8" in text
     assert "learning rate: local batch 16" in text
 
