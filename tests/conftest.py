@@ -13,7 +13,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from landscape.data.dataset import TensorData
@@ -33,7 +33,9 @@ if importlib.util.find_spec("beartype") is not None:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("fixed")
 
 DATA_ROOT_VARIABLE = "LANDSCAPE_DATA_ROOT"

@@ -258,8 +258,9 @@ def write_reproduction_report(
         )
         said.append(f"Local batch {batch}, rates scaled with it, runs converged of {other.sizes['seed']}: {counts}.")
     pd.concat([scorecard(v.groups).assign(run=v.label) for v in views]).to_csv(out / "scorecard.csv", index=False)
+    maps = {f"local batch {b}": m for b, m in {runs["dpsgd"].config.local_batch_size: mapped, **others}.items()}
     return write_report(
-        out / REPORT_FILE, views, mapped, title="Why decentralised SGD tolerates larger learning rates", conclusions=said,
+        out / REPORT_FILE, views, maps if others else mapped, title="Why decentralised SGD tolerates larger learning rates", conclusions=said,
         how_to_reproduce=f"landscape reproduce --preset {preset} --out DIR",
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ def convergence_probability(stability_map: xr.Dataset, ax: Axes | None = None) -
     for i, (name, look) in enumerate(zip(names, looks(names), strict=True)):
         row = table.sel(learning_rate=rates_run(stability_map, name)).sel(variant=name)
         share, low, high = (row[k].values for k in ("probability", "low", "high"))
-        x = row["learning_rate"].values * math.exp(gap * 0.07 * (i - (len(names) - 1) / 2))
+        x = row["learning_rate"].values * math.exp(gap * 0.4 * ((i + 0.5) / len(names) - 0.5))
         ax.errorbar(
             x,
             share,
@@ -61,7 +61,7 @@ def convergence_probability(stability_map: xr.Dataset, ax: Axes | None = None) -
     ax.axhline(0.5, color="#777777", linewidth=0.8, linestyle=DOTTED, zorder=0)
     _rate_axis(ax, rates)
     ax.set_ylim(-0.04, 1.04)
-    ax.set_ylabel(f"share of {table.attrs['num_seeds']} seeds that converge")
+    ax.set_ylabel(f"share of {int(table['num_seeds'].max())} seeds that converge")
     legend_above(ax, 3)
     return ax
 
@@ -138,7 +138,7 @@ def time_to_threshold(stability_map: xr.Dataset, ax: Axes | None = None) -> Axes
     for i, (name, look) in enumerate(zip(names, looks(names), strict=True)):
         here = rates_run(table, name)
         first = first_below(table.sel(variant=name, learning_rate=here), float(table.attrs["threshold"]))
-        x = here * math.exp(gap * 0.16 * (i - (len(names) - 1) / 2))
+        x = here * math.exp(gap * 0.6 * ((i + 0.5) / len(names) - 0.5))
         with np.errstate(invalid="ignore"):  # a median between two infinities
             middle = np.median(first, axis=1)
         finite = np.isfinite(middle)
@@ -210,7 +210,7 @@ def _rate_axis(ax: Axes, rates: np.ndarray) -> None:
     ax.set_xticks(rates, [f"{r:g}" for r in rates])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlim(rates[0] * math.exp(-0.4 * _gap(rates)), rates[-1] * math.exp(0.4 * _gap(rates)))
+    ax.set_xlim(rates[0] * math.exp(-0.45 * _gap(rates)), rates[-1] * math.exp(0.45 * _gap(rates)))
     ax.set_xlabel("learning rate α")
 
 

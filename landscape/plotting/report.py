@@ -122,14 +122,14 @@ def _map_section(index: int, name: str, result: xr.Dataset) -> Section:
     said = "; ".join(f"{row[0]}: {', '.join(str(c) for c in row[1:-1])}" for row in table.rows)
     rates, seeds = result.sizes["learning_rate"], result.sizes["seed"]
     pictures = [
-        _picture(partial(maps.convergence_probability, result), f"Share of seeds that converge against the learning rate. {said}.",
-                 "Share of seeds that converge, with Wilson 95% intervals; a star marks the edge, where the share crosses one half."),
         _picture(partial(maps.outcome_map, result), f"How each run ended, by variant, rate and seed. {said}.",
                  "How every run ended. An empty place was not run.", wide=rates * seeds > 24, height=0.7 + 0.45 * max(3, result.sizes["variant"])),
+        _picture(partial(maps.convergence_probability, result), f"Share of seeds that converge against the learning rate. {said}.",
+                 "Share of seeds that converge, with Wilson 95% intervals; a star marks the edge, where the share crosses one half."),
         _picture(partial(maps.threshold_sensitivity, result), "Number of converged runs against the threshold that defines convergence.",
                  "How the counts hang on the definition of convergence; the dotted line is the task's threshold."),
         _picture(partial(maps.time_to_threshold, result), "Steps until the training loss is below the threshold, against the learning rate.",
-                 "Steps to the threshold: small points are seeds, lines their medians, numbers the seeds that never get there."),
+                 "Steps to the threshold: small points are seeds, lines their medians, numbers the seeds that never get there.", height=3.6 if result.sizes["variant"] > 3 else 3.1),
     ]  # fmt: skip
     return Section(
         f"map-{index}",

@@ -224,11 +224,12 @@ def band_at_top(ax: Axes, rows: int, text: str) -> list[float]:
     Returns:
         the height of each of its rows, as a share of the axes.
     """
-    share = 0.09 + 0.065 * rows
+    height = 0.065 if rows < 4 else 0.048
+    share = 0.09 + height * rows
     reserve_top(ax, share + 0.02)
     ax.add_patch(Rectangle((0, 1 - share), 1, share, transform=ax.transAxes, color="#EEEEEE", zorder=0, linewidth=0))
     ax.text(0.01, 0.985, text, transform=ax.transAxes, va="top", fontsize=6.5)
-    return [0.9 - 0.065 * i for i in range(rows)]
+    return [0.91 - height * i for i in range(rows)]
 
 
 def reserve_top(ax: Axes, share: float) -> None:

@@ -116,7 +116,7 @@ def convergence_table(result: xr.Dataset) -> Table:
     return Table(
         f"Converged seeds of those run [Wilson 95% interval]; and the other outcomes. Converged: median training loss of w_a "
         f"over the last 50 steps below {result.attrs['threshold']:g}.",
-        ["variant", *(f"α = {r:g}" for r in rates), "stability edge [interval]"],
+        ["variant", *(f"α = {r:g}" for r in rates), "stability edge"],
         rows,
     )
 
@@ -219,7 +219,7 @@ def _edge(edge: tuple[float, float, float]) -> str:
     if not (math.isfinite(low) or math.isfinite(high)):
         return f"{middle:.3g}\ninterval wider than the grid"
     ends = [f"{v:.3g}" if math.isfinite(v) else "beyond the grid" for v in (low, high)]
-    return f"{middle:.3g} [{ends[0]}, {ends[1]}]"
+    return f"{middle:.3g}\n[{ends[0]}, {ends[1]}]"
 
 
 def _score(row: Any) -> list[Cell]:

@@ -18,15 +18,23 @@ def convergence(result: xr.Dataset, threshold: float | None = None) -> xr.Datase
         threshold: another threshold on the median last loss than the task's.
 
     Returns:
-        (variant, learning_rate): num_converged, num_seeds, probability, low, high; and counts of the other outcomes.
+        (variant, learning_rate): num_converged, num_seeds, probability, low, high (nan where nothing was run); and counts of the
+        other outcomes.
     """
     level = result.attrs["threshold"] if threshold is None else threshold
     hits = (result["median_last_loss"] < level).sum("seed")
-    trials = result.sizes["seed"]
-    low, high = np.vectorize(lambda k: wilson_interval(int(k), trials))(hits.values)
+    trials = result["median_last_loss"].notnull().sum("seed")  # a map may hold variants at some rates only
+    low, high = np.vectorize(lambda k, m: wilson_interval(int(k), int(m)))(hits.values, trials.values)
+    ran = trials > 0
     made = xr.Dataset(
-        {"num_converged": hits, "probability": hits / trials, "low": (hits.dims, low), "high": (hits.dims, high)},
-        attrs={"num_seeds": trials, "threshold": level, "interval": "Wilson, 95%"},
+        {
+            "num_converged": hits,
+            "num_seeds": trials,
+            "probability": (hits / trials).where(ran),
+            "low": xr.DataArray(low, coords=hits.coords).where(ran),
+            "high": xr.DataArray(high, coords=hits.coords).where(ran),
+        },
+        attrs={"threshold": level, "interval": "Wilson, 95%"},
     )
     for kind in ("non-finite", "stuck", "slow"):
         made[f"num_{kind}"] = (result["outcome"] == kind).sum("seed")
@@ -42,8 +50,9 @@ def stability_edge(table: xr.Dataset, variant: str) -> tuple[float, float, float
     Returns:
         (edge, low, high); edge is inf if every rate converges at least half the time, -inf if none does.
     """
-    rates = table["learning_rate"].values
     row = table.sel(variant=variant)
+    row = row.isel(learning_rate=np.flatnonzero(row["num_seeds"].values > 0))
+    rates = row["learning_rate"].values
     edge = _crossing(rates, row["probability"].values)
     low, high = _crossing(rates, row["low"].values), _crossing(rates, row["high"].values)
     return edge, low if math.isfinite(low) else math.nan, high if math.isfinite(high) else math.nan

@@ -480,14 +480,15 @@ def test_an_interrupted_process_ends_after_a_checkpoint_and_resumes(
     process = subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     )
-    wait_for((tmp_path / "run" / "checkpoints" / "step-00000005").exists, process)
+    metrics = tmp_path / "run" / "metrics.jsonl"  # step 6 is logged: between two checkpoints
+    wait_for(lambda: metrics.exists() and '"step": 6,' in metrics.read_text(), process)
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
     assert process.returncode != 0
     run = open_run(tmp_path / "run")
     assert run.status == "interrupted"
     stopped = run.steps[-1]
-    assert 5 <= stopped < config.num_steps
+    assert 7 <= stopped < config.num_steps
     assert f"KeyboardInterrupt: stopped at step {stopped}; continue with --resume" in stderr
     monkeypatch.syspath_prepend(tmp_path)
     whole = train("user_task:make", config, tmp_path / "whole", quiet=True)

@@ -139,3 +139,12 @@ def test_words_on_the_effective_rate(means: list[float], words: str) -> None:
         coords={"step": [10, 50, 100], "prediction": ["exact"]},
     )  # fmt: skip
     assert words in conclusions(None, None, {"dpsgd": {"effective-learning-rate": at}}, {})[0]
+
+
+def test_rates_that_were_not_run_count_neither_as_success_nor_as_failure() -> None:
+    partial = SEPARATING.copy(deep=True)
+    partial["median_last_loss"].loc[{"variant": "dpsgd", "learning_rate": 2.0}] = np.nan
+    table = convergence(partial)
+    assert table["num_seeds"].sel(variant="dpsgd").values.tolist() == [6, 6, 0]
+    assert np.isnan(table["probability"].sel(variant="dpsgd", learning_rate=2.0))
+    assert stability_edge(table, "dpsgd")[0] == math.inf  # every rate that was run converged

@@ -48,7 +48,7 @@ def assert_same_values(found: np.ndarray, expected: np.ndarray, atol: float = 1e
 # Every topology ------------------------------------------------------------------------------------------------------
 
 
-@run(max_examples=300)
+@run(max_examples=150)
 @given(
     case=st.tuples(st.sampled_from(sorted(TOPOLOGIES)), st.integers(1, 33)).filter(lambda c: allowed(*c)),
     seed=st.integers(0, 2**31),
