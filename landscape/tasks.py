@@ -45,7 +45,7 @@ class Task:
     def initial_model(self, seed: int) -> nn.Module:
         """The network with the initial weights of a seed; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(streams.philox("initial weights", seed).random_raw() >> 1))
+            torch.default_generator.manual_seed(int(streams.philox("initial weights", seed).random_raw() >> 1))
             return self.build_model()
 
 

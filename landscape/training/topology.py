@@ -88,7 +88,7 @@ class Topology:
 def check_doubly_stochastic(matrix: np.ndarray, name: str) -> np.ndarray:
     """The matrix as float64 (n, n), or a ValueError that says which row or column is wrong, and by how much."""
     matrix = np.asarray(matrix, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(f"mixing matrix {name}: its shape is {matrix.shape}, not square")
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0]
