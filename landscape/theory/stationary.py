@@ -23,8 +23,9 @@ def stationary_variance(mu: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: 
     Returns:
         variances, infinite outside stability.
 
-    >>> round(float(stationary_variance(np.array(0.5), np.array(0.3), np.array(1.0), LocalRule("awc"))), 6)  # 1/(1 - (mu - x)^2)
-    1.041667
+    >>> mu, x, noise = np.array([0.5]), np.array([0.3]), np.array([1.0])
+    >>> stationary_variance(mu, x, noise, LocalRule("awc")).round(6).tolist()  # 1/(1 - (mu - x)^2)
+    [1.041667]
     """
     a, b = rule.matrices(mu, x)
     maps = np.einsum("...ij,...kl->...ikjl", a, np.conj(a)).reshape(*a.shape[:-2], 4, 4)
