@@ -12,7 +12,7 @@ from landscape.checkpoints import read_checkpoint as read_checkpoint
 from landscape.curvature import hessian as hessian
 from landscape.curvature import top_eigenpairs as top_eigenpairs
 from landscape.data import TensorData as TensorData
-from landscape.experiments.measure import MeasureConfig as MeasureConfig
+from landscape.experiments.checkpoint import MeasureConfig as MeasureConfig
 from landscape.experiments.measure import measure as measure
 from landscape.experiments.reproduce import reproduce as reproduce
 from landscape.experiments.sweep import Variant as Variant

@@ -134,7 +134,8 @@ class Measure:
 
     def run(self) -> None:
         """Run it."""
-        from landscape.experiments.measure import MeasureConfig, measure
+        from landscape.experiments.checkpoint import MeasureConfig
+        from landscape.experiments.measure import measure
         from landscape.theory.scorecard import scorecard
 
         settings = MeasureConfig(

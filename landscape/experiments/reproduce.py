@@ -16,7 +16,8 @@ import xarray as xr
 
 from landscape.checkpoints import Run, open_run
 from landscape.checkpoints.format import MEASUREMENTS_FILE, RUN_FILE, write_atomically
-from landscape.experiments.measure import MeasureConfig, measure
+from landscape.experiments.checkpoint import MeasureConfig
+from landscape.experiments.measure import measure
 from landscape.experiments.sweep import MAP_FILE, Variant, stability_map
 from landscape.experiments.train import train
 from landscape.provenance import code_version

@@ -23,7 +23,7 @@ from landscape.results import load_dataset, save_dataset, stamp
 from landscape.tasks import Task, get_task
 from landscape.training.config import TrainConfig
 from landscape.training.evaluate import evaluate
-from landscape.training.loop import Program, consensus_distances, replica_means
+from landscape.training.loop import Program, averaged_models, consensus_distances
 from landscape.training.topology import topology as make_topology
 
 MAP_FILE = "stability-map.nc"
@@ -163,8 +163,7 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
             step = state.step
             regular = step % config.log_every == 0 or step == config.num_steps
             if regular or step > config.num_steps - CONVERGENCE_WINDOW:
-                mean = replica_means(state.params, n)
-                buffers = {k: b.unflatten(0, (-1, n)).double().mean(1).to(b.dtype) for k, b in state.buffers.items()}
+                mean, buffers = averaged_models(state, n)
                 loss = evaluate(program.evaluation_model, mean, buffers, program.train)[0].cpu().numpy()
                 if step > config.num_steps - CONVERGENCE_WINDOW:
                     last.append(loss)
@@ -182,8 +181,7 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
             if interrupt.requested:
                 raise KeyboardInterrupt("stopped between two steps; finished parts are kept")
     finite = alive.cpu().numpy()
-    mean = replica_means(state.params, n)
-    buffers = {k: b.unflatten(0, (-1, n)).double().mean(1).to(b.dtype) for k, b in state.buffers.items()}
+    mean, buffers = averaged_models(state, n)
     accuracy = (
         evaluate(program.evaluation_model, mean, buffers, test.to(program.device, program.dtype))[1].cpu().numpy()
     )

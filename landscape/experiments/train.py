@@ -27,7 +27,7 @@ from landscape.tasks import Task, get_task
 from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.config import TrainConfig
 from landscape.training.evaluate import evaluate
-from landscape.training.loop import Program, consensus_distances, replica_means
+from landscape.training.loop import Program, averaged_models, consensus_distances
 from landscape.training.state import LearnerState
 from landscape.training.topology import Topology
 from landscape.training.topology import topology as make_topology
@@ -204,8 +204,7 @@ def matched_sigma0(run_path: str, num_steps: int) -> np.ndarray:
 def _metrics(program: Program, state: LearnerState, test: TensorData, *, full: bool) -> dict[str, Any]:
     """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread."""
     n, d = program.config.num_learners, program.model.layout.num_parameters
-    mean = replica_means(state.params, n)
-    buffers = {name: b.unflatten(0, (-1, n)).double().mean(1).to(b.dtype) for name, b in state.buffers.items()}
+    mean, buffers = averaged_models(state, n)
     train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train)
     distance = float(consensus_distances(state.params.double(), n)[0])
     entry: dict[str, Any] = {

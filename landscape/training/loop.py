@@ -16,7 +16,7 @@ from torch import Tensor
 from landscape import streams
 from landscape.data.dataset import TensorData
 from landscape.data.sampling import IndexSampler
-from landscape.functional import FunctionalModel, chunks
+from landscape.functional import Buffers, FunctionalModel, chunks
 from landscape.tasks import Task
 from landscape.training.algorithms import Evaluation, LocalUpdate, take_step
 from landscape.training.communicator import Communicator, StackedCommunicator
@@ -195,6 +195,14 @@ class Program:
 def controlled_disagreement(matrix: np.ndarray, gamma: float) -> np.ndarray:
     """(1 - gamma) I + gamma M, for one matrix or a stack of them."""
     return (1 - gamma) * np.eye(matrix.shape[-1]) + gamma * matrix if gamma != 1 else matrix
+
+
+def averaged_models(state: LearnerState, num_learners: int) -> tuple[Tensor, Buffers]:
+    """w_a of each replica (R, d) and its buffers: floating-point ones averaged, counters the first learner's."""
+    buffers = {name: b.unflatten(0, (-1, num_learners)) for name, b in state.buffers.items()}
+    return replica_means(state.params, num_learners), {
+        name: b.double().mean(1).to(b.dtype) if b.is_floating_point() else b[:, 0] for name, b in buffers.items()
+    }
 
 
 def replica_means(params: Tensor, num_learners: int) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from landscape.checkpoints import Run
 from landscape.checkpoints.format import MEASUREMENTS_FILE
-from landscape.experiments.measure import MEASURES, MeasureConfig, measure
+from landscape.experiments.checkpoint import MeasureConfig
+from landscape.experiments.measure import MEASURES, measure
 from landscape.experiments.train import train
 from landscape.objective import Objective
 from landscape.results import load_groups

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from landscape.experiments import reproduce as module
-from landscape.experiments.measure import MeasureConfig
+from landscape.experiments.checkpoint import MeasureConfig
 from landscape.experiments.reproduce import PRESETS, Preset, reproduce
 
 TINY = Preset(

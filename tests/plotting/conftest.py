@@ -36,7 +36,8 @@ def known_task(tiny_task: Task) -> Iterator[Task]:
 
 def make_views(task: Task, folder: Path, measures: dict[str, tuple[str, ...]]) -> list[RunView]:
     """Runs of 80 steps at a rate where AWC's local quadratic is unstable, each with some measures at steps 20, 40 and 60."""
-    from landscape.experiments.measure import MeasureConfig, measure
+    from landscape.experiments.checkpoint import MeasureConfig
+    from landscape.experiments.measure import measure
     from landscape.experiments.train import train
     from landscape.plotting.view import load_view
     from landscape.training.config import TrainConfig

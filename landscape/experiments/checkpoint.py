@@ -1,0 +1,185 @@
+"""What the measures of one checkpoint share, and how thoroughly they measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from landscape import streams
+from landscape.checkpoints import Learners, Run
+from landscape.curvature.lanczos import Eigenpairs, top_eigenpairs
+from landscape.curvature.operators import HessianOperator
+from landscape.experiments.train import matched_sigma0
+from landscape.noise.covariance import CovarianceSummary, gradient_covariance_summary
+from landscape.noise.decomposition import decompose, smoothed_by_points
+from landscape.noise.draws import Draws, Points, draw_gradients
+from landscape.objective import Objective
+from landscape.tasks import Task
+from landscape.theory.modes import LocalRule
+from landscape.theory.smoothing import (
+    KERNELS,
+    Kernel,
+    SmoothedCurvature,
+    smoothed_curvature,
+)
+from landscape.training.algorithms import gradient_points
+from landscape.training.config import TrainConfig
+from landscape.training.loop import controlled_disagreement
+from landscape.training.topology import Topology
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How thoroughly to measure."""
+
+    num_draws: int = 32
+    """Fresh minibatch assignments at each checkpoint; errors shrink as 1/sqrt."""
+    num_smoothing_samples: int = 16
+    """Deviations for the isotropic and covariance-matched kernels (antithetic pairs)."""
+    num_eigenpairs: int = 10
+    """Top eigenpairs of H(w_a), for the noise-only prediction of the disagreement."""
+    max_matvecs: int = 60
+    """Bound on Hessian products of each eigenvalue problem."""
+    smoothing_matvecs: int = 8
+    """The same for the smoothed Hessians, where a product costs 2 S gradients."""
+    seed: int = 0
+    """Seed of draws, deviations and starting vectors."""
+
+
+class Checkpoint:
+    """What the measures of one checkpoint share, each computed when first asked for."""
+
+    def __init__(self, run: Run, step: int, task: Task, objective: Objective, settings: MeasureConfig) -> None:
+        self.run, self.step, self.task, self.objective, self.settings = run, step, task, objective, settings
+        self.config: TrainConfig = run.config
+        self.learners: Learners = run.learners(step)
+
+    @cached_property
+    def learning_rate(self) -> float:
+        """alpha of the step that follows."""
+        return float(self.learners.facts["learning_rate"])
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """w_a (d,)."""
+        return self.learners.mean.to(self.objective.device, self.objective.dtype)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """g(w_a) (d,), over all training data."""
+        return self.objective.gradient(self.mean)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """M(t) as the run recorded it."""
+        record = self.run.record["topology"]
+        return Topology(record["name"], record["num_learners"], record["kind"], np.asarray(record["matrices"]))
+
+    @cached_property
+    def mixing(self) -> Tensor:
+        """M of the step that follows, (n, n) float64."""
+        return torch.as_tensor(
+            controlled_disagreement(self.topology.matrix(self.config.seed, self.step), self.config.gamma)
+        )
+
+    @cached_property
+    def rule(self) -> LocalRule:
+        """Order and momentum."""
+        c = self.config
+        return LocalRule(c.order, c.momentum, c.dampening, c.nesterov)
+
+    @cached_property
+    def sigma0(self) -> float | None:
+        """SSGD*'s noise level at this step; None for other algorithms."""
+        if self.config.algorithm != "ssgd-star":
+            return None
+        level = self.config.sigma0
+        return (
+            float(matched_sigma0(level, self.config.num_steps + 1)[self.step])
+            if isinstance(level, str)
+            else float(level)
+        )
+
+    @cached_property
+    def points(self) -> Points:
+        """Where the following step takes its gradients: w_j, (M w)_j under CTA, w_a + fresh noise for SSGD*."""
+        weights = self.learners.weights.to(self.mean)
+        if self.sigma0:
+            return lambda draw: weights + self._noise(draw)
+        return gradient_points(self.config.algorithm, self.config.order, weights, self.mixing)
+
+    def _noise(self, draw: int) -> Tensor:
+        generator = streams.torch_generator("measured weight noise", self.settings.seed, self.step, draw)
+        return (torch.randn(self.learners.weights.shape, generator=generator) * (self.sigma0 or 0.0)).to(self.mean)
+
+    @cached_property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Kernels that apply: all for learners that differ, isotropic sigma_0 for SSGD*, and one trivial one for SSGD."""
+        if self.config.algorithm == "ssgd-star":
+            return ("isotropic",)
+        return KERNELS if self.learners.consensus_distance > 0 else ("learners",)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """Fresh minibatch gradients."""
+        return draw_gradients(
+            self.objective, self.mean, self.points, num_learners=len(self.learners), local_batch_size=self.config.local_batch_size,
+            num_draws=self.settings.num_draws, seed=self.settings.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def decomposition(self) -> xr.Dataset:
+        """Section 3."""
+        points = self.points
+        exact = None if callable(points) else smoothed_by_points(self.objective, points, self.mean)
+        return decompose(self.draws, self.gradient, self.learning_rate, exact)
+
+    @cached_property
+    def hessian(self) -> HessianOperator:
+        """H(w_a)."""
+        return HessianOperator(self.objective, self.mean)
+
+    @cached_property
+    def eigenpairs(self) -> Eigenpairs:
+        """Top eigenpairs of H(w_a)."""
+        s = self.settings
+        return top_eigenpairs(self.hessian, s.num_eigenpairs, "LA", tol=0.01, max_matvecs=s.max_matvecs, seed=s.seed)
+
+    @cached_property
+    def covariance(self) -> CovarianceSummary:
+        """C at w_a, along the top eigenvectors of H(w_a)."""
+        return gradient_covariance_summary(self.objective, self.mean, self.eigenpairs.vectors)
+
+    @cached_property
+    def learner_hessians(self) -> list[HessianOperator]:
+        """H at every learner's gradient point; one where all are equal."""
+        points = self.points
+        if callable(points) or self.learners.consensus_distance == 0:
+            return [self.hessian]
+        return [HessianOperator(self.objective, p) for p in points]
+
+    @cached_property
+    def learner_lambda_max(self) -> list[float]:
+        """lambda_max(H(w_j))."""
+        if len(self.learner_hessians) == 1:
+            return [float(self.eigenpairs.values[0])] * len(self.learners)
+        s = self.settings
+        return [
+            float(top_eigenpairs(h, 1, "LA", tol=1e-3, max_matvecs=s.max_matvecs, seed=s.seed).values[0])
+            for h in self.learner_hessians
+        ]
+
+    @cached_property
+    def smoothed(self) -> dict[Kernel, SmoothedCurvature]:
+        """Smoothed curvature under each kernel."""
+        s = self.settings
+        return {
+            k: smoothed_curvature(self.objective, self.learners, kernel=k, num_samples=s.num_smoothing_samples,
+                                  max_matvecs=s.smoothing_matvecs, seed=s.seed, sigma=self.sigma0)
+            for k in self.kernels
+        }  # fmt: skip
