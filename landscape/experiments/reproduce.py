@@ -64,14 +64,14 @@ class Preset:
 _LIGHT = MeasureConfig(num_draws=24, num_smoothing_samples=8, smoothing_matvecs=5, max_matvecs=40)
 
 PRESETS: dict[str, Preset] = {
-    "quick": Preset(2, 1, (1.2,), 120, (), {}, False, (40, 120), replace(_LIGHT, num_draws=12, num_smoothing_samples=4, smoothing_matvecs=4, max_matvecs=25)),
+    "quick": Preset(2, 1, (1.2,), 120, (), {}, False, (120,), replace(_LIGHT, num_draws=12, num_smoothing_samples=4, smoothing_matvecs=4, max_matvecs=15)),
     "demo": Preset(3, 1, (1.0, 1.2, 1.4), 500, (), {}, False, (20, 60, 200, 500), _LIGHT),
     "full": Preset(
         10, 4, (0.5, 0.8, 1.0, 1.2, 1.5, 2.0), 500, (0.003, 0.01), {500: (0.5, 0.6, 0.75), 250: (0.25, 0.3, 0.375)}, True,
         (20, 40, 60, 100, 150, 200, 300, 400, 500), MeasureConfig(),
     ),
 }  # fmt: skip
-"""quick: about 40 seconds; demo: about 6 minutes; full: about three quarters of an hour, on two cores."""
+"""quick: about a minute and a half; demo: about 8 minutes; full: about three quarters of an hour, on two cores."""
 
 RECORDED: dict[str, dict[str, Any]] = {
     "ssgd": {"algorithm": "ssgd"},
