@@ -1,20 +1,29 @@
-"""Symmetric linear operators: curvature of an objective without its matrix.
+"""Symmetric linear operators, and what can be made of them: sums, multiples, shifts, restrictions, projections.
 
-An operator multiplies a flat tensor (d,) or (d, k) in named_parameters order: `H @ v`.
+An operator multiplies flat tensors in named_parameters order, one vector (d,) or a block (d, k): `A @ v`. numpy arrays come back
+as numpy arrays.
+
+>>> import torch
+>>> A = DenseOperator(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+>>> ((2 * A).shift(-1) @ torch.ones(3)).tolist()
+[5.0, 3.0, 1.0]
+>>> A.restrict(torch.eye(3)[:, :2]).to_dense().tolist()
+[[3.0, 0.0], [0.0, 2.0]]
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from landscape.data.dataset import stream
-from landscape.objective import Objective, Weights
+from landscape.provenance import code_version
+
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 class SymmetricOperator(ABC):
@@ -35,150 +44,233 @@ class SymmetricOperator(ABC):
         """(d, d)."""
         return self.dimension, self.dimension
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What this is, for the provenance of results."""
+        return {"operator": type(self).__name__, "dimension": self.dimension}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The description, with versions, type and device: stamped on every result."""
+        where = {"dtype": str(self.dtype), "device": str(self.device)}
+        return {**self.description, **where, **code_version(), "torch": str(torch.__version__)}
+
     @abstractmethod
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with one vector, (d,) -> (d,)."""
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """The product with a vector (d,) or a block (d, k)."""
-        other = other.to(self.device, self.dtype)
-        if other.shape[0] != self.dimension or other.ndim > 2:
+    def matmat(self, block: Tensor) -> Tensor:
+        """The product with several vectors, (d, k) -> (d, k)."""
+        return torch.stack([self.matvec(column) for column in block.T.contiguous()], dim=1)
+
+    def __matmul__(self, other: Array) -> Array:
+        """The product with a vector (d,) or a block (d, k), torch or numpy."""
+        given = torch.as_tensor(other)
+        if given.ndim not in (1, 2) or given.shape[0] != self.dimension:
             raise ValueError(
-                f"an operator of shape {self.shape} cannot multiply a tensor of shape {tuple(other.shape)}"
+                f"an operator of shape {self.shape} cannot multiply an array of shape {tuple(given.shape)}"
             )
-        if other.ndim == 1:
-            return self.matvec(other)
-        return torch.stack([self.matvec(column) for column in other.T], dim=1)
+        given = given.to(self.device, self.dtype)
+        product = self.matvec(given) if given.ndim == 1 else self.matmat(given)
+        return product if isinstance(other, Tensor) else product.cpu().numpy().astype(np.asarray(other).dtype)
+
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
+        return SumOperator([self, other])
+
+    def __sub__(self, other: SymmetricOperator) -> SymmetricOperator:
+        return SumOperator([self, -1.0 * other])
+
+    def __mul__(self, factor: float | int) -> SymmetricOperator:
+        return AffineOperator(self, factor=float(factor))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SymmetricOperator:
+        return -1.0 * self
+
+    def shift(self, amount: float | int) -> SymmetricOperator:
+        """A + amount I."""
+        return AffineOperator(self, amount=float(amount))
+
+    def restrict(self, basis: Tensor) -> SymmetricOperator:
+        """Q^T A Q on the span of orthonormal columns Q (d, k): an operator of dimension k."""
+        return RestrictedOperator(self, basis)
+
+    def project_out(self, basis: Tensor) -> SymmetricOperator:
+        """P A P with P = I - Q Q^T for orthonormal columns Q (d, k)."""
+        return ProjectedOperator(self, basis)
+
+    def to_dense(self, *, columns: int = 64) -> Tensor:
+        """The matrix (d, d), made of d products, `columns` at a time; for small d."""
+        parts = []
+        for start in range(0, self.dimension, columns):
+            width = min(columns, self.dimension - start)
+            block = torch.zeros(self.dimension, width, device=self.device, dtype=self.dtype)
+            block[start : start + width].fill_diagonal_(1)
+            parts.append(self.matmat(block))
+        return torch.cat(parts, dim=1)
 
     def to_scipy(self) -> Any:
         """As a scipy.sparse.linalg.LinearOperator on float64 numpy arrays."""
         from scipy.sparse.linalg import LinearOperator
 
-        def multiply(vector: np.ndarray) -> np.ndarray:
-            product = self @ torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64))
-            return np.asarray(product.double().cpu().numpy())
+        def multiply(block: np.ndarray) -> np.ndarray:
+            return self @ np.ascontiguousarray(block, dtype=np.float64)
 
         return LinearOperator(
             self.shape,
             matvec=lambda v: multiply(v.ravel()),
-            matmat=multiply,
             rmatvec=lambda v: multiply(v.ravel()),
+            matmat=multiply,
+            rmatmat=multiply,
             dtype=np.float64,
         )
 
+    def _like(self, other: SymmetricOperator) -> None:
+        self.dimension, self.device, self.dtype = other.dimension, other.device, other.dtype
 
-class HessianOperator(SymmetricOperator):
-    r"""The Hessian H(w) of an objective over all its data.
 
-    $$H(w) v = \nabla_w \left( \nabla L(w) \cdot v \right)$$
+class DenseOperator(SymmetricOperator):
+    """A symmetric matrix as an operator, for tests and small problems."""
 
-    The graph of the gradient is built once and kept, so a product costs one backward pass through it (about 1.2 gradients).
-    With ReLU or max-pooling this is the Hessian between the kinks; `GradientDifferenceOperator` includes them.
-
-    >>> import torch
-    >>> from landscape.objective import Objective
-    >>> x = torch.eye(2, dtype=torch.float64)
-    >>> net = torch.nn.Linear(2, 1, bias=False).double()
-    >>> H = HessianOperator(Objective(net, torch.nn.MSELoss(), (x, torch.zeros(2, 1, dtype=torch.float64))), dict(net.named_parameters()))
-    >>> (H @ torch.eye(2, dtype=torch.float64)).tolist()  # mean over 2 examples of 2 x x^T
-    [[1.0, 0.0], [0.0, 1.0]]
-    """
-
-    def __init__(self, objective: Objective, weights: Weights, *, keep_graph: bool = True) -> None:
-        """Args: objective; weights (d,) or by name; keep_graph: False rebuilds the graph for every product, for large data."""
-        self.objective = objective
-        self.weights = objective.flat(weights)
-        self.dimension, self.device, self.dtype = objective.num_parameters, objective.device, objective.dtype
-        self._graphs = [self._linearise(x, y) for x, y in self._chunks()] if keep_graph else None
+    def __init__(self, matrix: Tensor) -> None:
+        """Args: matrix (d, d), symmetric."""
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"a matrix of shape {tuple(matrix.shape)} is not square")
+        if not torch.allclose(matrix, matrix.T, rtol=1e-4, atol=1e-5 * float(matrix.abs().max())):
+            raise ValueError("the matrix is not symmetric")
+        self.matrix = matrix
+        self.dimension, self.device, self.dtype = len(matrix), matrix.device, matrix.dtype
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """H v; about 1.2 full gradients with the graph kept, 2.2 without."""
-        graphs = self._graphs if self._graphs is not None else (self._linearise(x, y) for x, y in self._chunks())
-        total, norm = torch.zeros_like(vector), torch.zeros((), dtype=torch.float64, device=self.device)
-        for multiply, example_weights in graphs:
-            total += multiply(vector)
-            norm += example_weights
-        return total / norm.to(total.dtype) if self.objective.model.loss.reduction == "mean" else total
+        """A v."""
+        return self.matrix @ vector
 
-    def _chunks(self) -> Any:
-        return stream(self.objective.data, self.objective.chunk)
-
-    def _linearise(self, inputs: Any, targets: Any) -> Any:
-        return self.objective.model.linearised_gradient(self.weights, self.objective.buffers, inputs, targets)
+    def matmat(self, block: Tensor) -> Tensor:
+        """A V."""
+        return self.matrix @ block
 
 
-class GradientDifferenceOperator(SymmetricOperator):
-    r"""The derivative of the smoothed gradient by central differences of exact gradients, kinks included.
+class SumOperator(SymmetricOperator):
+    """sum_s c_s A_s of operators of one shape; all c_s = 1 by default."""
 
-    $$F v = \frac{1}{S} \sum_s \frac{g(w + \delta_s + e \hat v) - g(w + \delta_s - e \hat v)}{2 e} |v|, \qquad \hat v = v/|v|$$
+    def __init__(self, operators: Sequence[SymmetricOperator], coefficients: Sequence[float] | None = None) -> None:
+        """Args: operators; coefficients c_s."""
+        if not operators:
+            raise ValueError("a sum of no operators has no shape")
+        shapes = {a.shape for a in operators}
+        if len(shapes) != 1:
+            raise ValueError(f"operators of shapes {', '.join(map(str, sorted(shapes)))} cannot be added")
+        self.operators = list(operators)
+        self.coefficients = [1.0] * len(self.operators) if coefficients is None else list(coefficients)
+        self._like(self.operators[0])
 
-    with the same deltas for both sides (theory.md sec. 5). A product costs 2 S full gradients.
-    """
-
-    def __init__(self, objective: Objective, points: Tensor, step: float) -> None:
-        """Args: objective; points (S, d), the weights w + delta_s; step: e, a length in weight space."""
-        self.objective, self.points, self.step = objective, points.to(objective.device, objective.dtype), step
-        self.dimension, self.device, self.dtype = objective.num_parameters, objective.device, objective.dtype
+    @property
+    def description(self) -> dict[str, Any]:
+        """The first summand's, and how many there are."""
+        return {
+            **self.operators[0].description,
+            "operator": f"{type(self).__name__} of {len(self.operators)} {type(self.operators[0]).__name__}",
+        }
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """F v."""
-        return self.samples(vector).mean(0)
+        """sum_s c_s A_s v."""
+        return self._summed(vector)
 
-    def samples(self, vector: Tensor) -> Tensor:
-        """The summands of F v, one a point, (S, d)."""
-        length = vector.norm()
-        move = vector / length * self.step
-        gradients = self.objective.stacked_gradients(torch.cat([self.points + move, self.points - move]))
-        forward, backward = gradients.chunk(2)
-        return (forward - backward) * (length / (2 * self.step))
+    def matmat(self, block: Tensor) -> Tensor:
+        """sum_s c_s A_s V."""
+        return self._summed(block)
+
+    def _summed(self, vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(vectors)
+        for operator, coefficient in zip(self.operators, self.coefficients, strict=True):
+            total.add_(operator @ vectors, alpha=coefficient)
+        return total
 
 
-class AveragedOperator(SymmetricOperator):
-    """(1/S) sum_s A_s of operators of one shape."""
+class AveragedOperator(SumOperator):
+    """(1/S) sum_s A_s, e.g. of Hessians at w + delta_s: the curvature of the smoothed loss, kinks left out (theory.md sec. 5)."""
 
     def __init__(self, operators: Sequence[SymmetricOperator]) -> None:
-        self.operators = list(operators)
-        first = self.operators[0]
-        self.dimension, self.device, self.dtype = first.dimension, first.device, first.dtype
+        """Args: operators of one shape."""
+        super().__init__(operators, [1 / len(operators)] * len(operators) if operators else None)
+
+
+class AffineOperator(SymmetricOperator):
+    """factor A + amount I."""
+
+    def __init__(self, operator: SymmetricOperator, *, factor: float = 1.0, amount: float = 0.0) -> None:
+        """Args: operator A; factor; amount."""
+        self.operator, self.factor, self.amount = operator, factor, amount
+        self._like(operator)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The operator's, with factor and shift."""
+        return {**self.operator.description, "factor": self.factor, "shift": self.amount}
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The mean of the products."""
-        return torch.stack([a.matvec(vector) for a in self.operators]).mean(0)
+        """factor A v + amount v."""
+        return self.factor * self.operator.matvec(vector) + self.amount * vector
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """factor A V + amount V."""
+        return self.factor * self.operator.matmat(block) + self.amount * block
 
 
-class CoupledOperator(SymmetricOperator):
-    r"""The linearised DPSGD step (AWC) on all learners at once, on the n d space (theory.md sec. 5).
+def _orthonormal(basis: Tensor, operator: SymmetricOperator) -> Tensor:
+    basis = basis.to(operator.device, operator.dtype)
+    if basis.ndim != 2 or basis.shape[0] != operator.dimension:
+        raise ValueError(f"a basis of shape {tuple(basis.shape)} for an operator of dimension {operator.dimension}")
+    gram = basis.T @ basis
+    if not torch.allclose(gram, torch.eye(len(gram)).to(gram), atol=1e-4):
+        raise ValueError("the basis is not orthonormal; take torch.linalg.qr(basis).Q")
+    return basis
 
-    $$A = M \otimes I - \alpha \, \mathrm{blockdiag}(H(w_1), \ldots, H(w_n))$$
 
-    Symmetric for symmetric M. With `disagreement` it is restricted to what is orthogonal to consensus, P A P with
-    P = (I - 11^T/n) x I: there flat directions sit at the graph's mu_2 and not at exactly 1, where consensus has them.
-    """
+class RestrictedOperator(SymmetricOperator):
+    """Q^T A Q on the span of orthonormal columns Q (d, k); dimension k."""
 
-    def __init__(
-        self, mixing: Tensor, hessians: Sequence[SymmetricOperator], learning_rate: float, *, disagreement: bool = False
-    ) -> None:
-        """Args: mixing M (n, n), symmetric; hessians H(w_j); learning_rate alpha; disagreement: restrict to P A P."""
-        first = hessians[0]
-        self.hessians, self.learning_rate, self.disagreement = list(hessians), learning_rate, disagreement
-        self.device, self.dtype = first.device, first.dtype
-        self.mixing = mixing.to(self.device, self.dtype)
-        if not torch.allclose(self.mixing, self.mixing.T, atol=1e-6):
-            raise ValueError("the coupled operator is symmetric only for a symmetric mixing matrix")
-        self.dimension = len(self.hessians) * first.dimension
+    def __init__(self, operator: SymmetricOperator, basis: Tensor) -> None:
+        """Args: operator A; basis Q (d, k)."""
+        self.operator, self.basis = operator, _orthonormal(basis, operator)
+        self._like(operator)
+        self.dimension = basis.shape[1]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The operator's, with the dimension of the subspace."""
+        return {**self.operator.description, "restricted_to": self.dimension}
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """A v, v = (v_1 ... v_n) concatenated; n Hessian-vector products."""
-        stacked = vector.view(len(self.hessians), -1)
-        if self.disagreement:
-            stacked = stacked - stacked.mean(0)
-        curved = torch.stack([h.matvec(v) for h, v in zip(self.hessians, stacked, strict=True)])
-        product = self.mixing @ stacked - self.learning_rate * curved
-        if self.disagreement:
-            product = product - product.mean(0)
-        return product.flatten()
+        """Q^T A Q v, v (k,)."""
+        return self.basis.T @ self.operator.matvec(self.basis @ vector)
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """Q^T A Q V."""
+        return self.basis.T @ self.operator.matmat(self.basis @ block)
 
 
-def hessian(objective: Objective, params: Weights) -> HessianOperator:
-    """The Hessian of an objective at weights, as a symmetric linear operator. See `HessianOperator`."""
-    return HessianOperator(objective, params)
+class ProjectedOperator(SymmetricOperator):
+    """P A P with P = I - Q Q^T: A without the span of orthonormal columns Q (d, k); dimension d still."""
+
+    def __init__(self, operator: SymmetricOperator, basis: Tensor) -> None:
+        """Args: operator A; basis Q (d, k)."""
+        self.operator, self.basis = operator, _orthonormal(basis, operator)
+        self._like(operator)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The operator's, with the dimension taken out."""
+        return {**self.operator.description, "projected_out": self.basis.shape[1]}
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """P A P v."""
+        return self._project(self.operator.matvec(self._project(vector)))
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """P A P V."""
+        return self._project(self.operator.matmat(self._project(block)))
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        return vectors - self.basis @ (self.basis.T @ vectors)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from landscape import streams
 from landscape.checkpoints import Learners, Run
+from landscape.curvature.hessian import HessianOperator
 from landscape.curvature.lanczos import Eigenpairs, top_eigenpairs
-from landscape.curvature.operators import HessianOperator
 from landscape.experiments.train import matched_sigma0
 from landscape.noise.covariance import CovarianceSummary, gradient_covariance_summary
 from landscape.noise.decomposition import decompose, smoothed_by_points

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from landscape import streams
 from landscape.checkpoints import Learners
+from landscape.curvature.differences import GradientDifferenceOperator
+from landscape.curvature.hessian import HessianOperator
 from landscape.curvature.lanczos import top_eigenpairs
-from landscape.curvature.operators import AveragedOperator, GradientDifferenceOperator, HessianOperator
+from landscape.curvature.operators import AveragedOperator
 from landscape.objective import Objective
 from landscape.statistics import Estimate, estimate
 

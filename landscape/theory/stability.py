@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from landscape import streams
+from landscape.curvature.coupled import CoupledOperator
 from landscape.curvature.lanczos import top_eigenpairs
-from landscape.curvature.operators import CoupledOperator, SymmetricOperator
+from landscape.curvature.operators import SymmetricOperator
 from landscape.theory.modes import LocalRule, growth
 from landscape.training.topology import Topology
 

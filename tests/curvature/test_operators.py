@@ -3,14 +3,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from landscape.curvature.coupled import CoupledOperator
+from landscape.curvature.differences import GradientDifferenceOperator
+from landscape.curvature.hessian import HessianOperator, hessian
 from landscape.curvature.lanczos import top_eigenpairs
-from landscape.curvature.operators import (
-    AveragedOperator,
-    CoupledOperator,
-    GradientDifferenceOperator,
-    HessianOperator,
-    hessian,
-)
+from landscape.curvature.operators import AveragedOperator
 from landscape.objective import Objective
 from landscape.training.topology import topology
 

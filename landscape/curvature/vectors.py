@@ -1,0 +1,49 @@
+"""Blocks of long vectors as rows (m, d): products accumulated in float64, and probes that every rank draws alike."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from landscape import streams
+
+Distribution = Literal["rademacher", "gaussian"]
+
+CHUNK = 1 << 18
+"""Coordinates that are converted to float64 at once: small enough to stay in cache beside a basis of some dozens."""
+
+
+def inner(rows: Tensor, others: Tensor) -> Tensor:
+    """rows @ others.T, float64 (m, p), of rows (m, d) and others (p, d) of any type; d is walked in chunks."""
+    if rows.dtype == others.dtype == torch.float64:
+        return rows @ others.T
+    total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=others.device)
+    for start in range(0, rows.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        total += rows[:, part].to(others.device).double() @ others[:, part].double().T
+    return total
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Lengths (m,) of rows, float64."""
+    return torch.stack([row.double().norm() for row in rows]) if len(rows) else torch.zeros(0, dtype=torch.float64)
+
+
+def probes(
+    purpose: str, seed: int, first: int, count: int, dimension: int, distribution: Distribution = "rademacher"
+) -> Tensor:
+    """Probe vectors first, first + 1, ... as rows (count, d), float32 on the CPU, entries of mean 0 and variance 1.
+
+    Probe i is a pure function of (purpose, seed, i): any batching, device or rank draws the same.
+    """
+    rows = torch.empty(count, dimension)
+    for i in range(count):
+        generator = streams.torch_generator(purpose, seed, first + i)
+        if distribution == "rademacher":
+            bits = torch.randint(0, 2, (dimension,), generator=generator, dtype=torch.int8)
+            torch.sub(bits.to(torch.float32) * 2, 1, out=rows[i])
+        else:
+            torch.randn(dimension, generator=generator, out=rows[i])
+    return rows
