@@ -21,7 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
+from landscape.autodiff import unwrap
 from landscape.losses import ExampleLoss, LossFunction, as_example_loss
 
 Buffers = dict[str, Tensor]
@@ -83,22 +85,34 @@ class FunctionalModel:
         module: any nn.Module; its train or eval mode is kept (BatchNorm and dropout follow it).
         loss_fn: see `landscape.losses.as_example_loss`.
         batched: False takes one weight vector at a time even where vmap would work.
+        randomness: vmap's: whether weight vectors draw "different" dropout masks or the "same".
     """
 
-    def __init__(self, module: nn.Module, loss_fn: ExampleLoss | LossFunction, *, batched: bool = True) -> None:
-        self.module = copy.deepcopy(module)
-        self.layout = ParameterLayout.of(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: ExampleLoss | LossFunction,
+        *,
+        batched: bool = True,
+        randomness: str = "different",
+    ) -> None:
+        self.module = copy.deepcopy(unwrap(module))
+        self.layout = ParameterLayout.of(self.module)
         self.loss = as_example_loss(loss_fn)
-        self.batched = batched
+        self.batched, self.randomness = batched, randomness
         self._fixed = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FunctionalModel:
         """A copy on another device and in another floating-point type."""
-        return FunctionalModel(copy.deepcopy(self.module).to(device, dtype), self.loss, batched=self.batched)
+        return self.of(copy.deepcopy(self.module).to(device, dtype))
 
     def evaluation(self) -> FunctionalModel:
         """A copy in eval mode: dropout off, BatchNorm at its running statistics."""
-        return FunctionalModel(copy.deepcopy(self.module).eval(), self.loss, batched=self.batched)
+        return self.of(copy.deepcopy(self.module).eval())
+
+    def of(self, module: nn.Module) -> FunctionalModel:
+        """Another module under the same loss and options."""
+        return FunctionalModel(module, self.loss, batched=self.batched, randomness=self.randomness)
 
     def initial_weights(self) -> tuple[Float[Tensor, " d"], Buffers]:
         """The module's own weights (d,), and its buffers."""
@@ -115,22 +129,30 @@ class FunctionalModel:
     # One weight vector -------------------------------------------------------------------------------------------
 
     def output(self, weights: Tensor, buffers: Buffers, inputs: Any) -> Any:
-        """The network's output at one flat weight vector (d,); buffers that the module updates are updated in place."""
-        return functional_call(self.module, {**self._fixed, **self.layout.split(weights), **buffers}, (inputs,))
+        """The network's output at one flat weight vector (d,); buffers that the module updates are updated in place.
+
+        A dictionary of inputs is passed as keyword arguments, a tuple as positional ones.
+        """
+        return self.forward(self.layout.split(weights), buffers, inputs)
+
+    def forward(self, parameters: Mapping[str, Tensor], buffers: Buffers, inputs: Any) -> Any:
+        """The same at parameters by name."""
+        state = {**self._fixed, **parameters, **buffers}
+        if isinstance(inputs, dict):
+            return functional_call(self.module, state, (), inputs)
+        return functional_call(self.module, state, inputs if isinstance(inputs, tuple) else (inputs,))
 
     def example_losses(self, weights: Tensor, buffers: Buffers, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Contributions (B,) and weights (B,) of the examples at one flat weight vector (d,)."""
-        return self._example_losses(self.layout.split(weights), buffers, inputs, targets)
+        return self.parted(self.output(weights, buffers, inputs), targets)
 
-    def _example_losses(
-        self, parameters: dict[str, Tensor], buffers: Buffers, inputs: Any, targets: Any
-    ) -> tuple[Tensor, Tensor]:
-        output = functional_call(self.module, {**self._fixed, **parameters, **buffers}, (inputs,))
+    def parted(self, output: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        """Contributions and weights of the examples from the network's output."""
         contributions, example_weights = self.loss(output, targets)
         if contributions.ndim != 1:
             raise ValueError(
-                f"the loss returned a tensor of shape {tuple(contributions.shape)}, not one number per example; return "
-                "per-example losses (reduction='none') or use one of torch's losses"
+                f"the loss returned a tensor of shape {tuple(contributions.shape)}, not one number per example; return per-example "
+                "losses (reduction='none'), use one of torch's losses, or say what the one number is: Objective(..., reduction='mean')"
             )
         return contributions, example_weights
 
@@ -150,7 +172,7 @@ class FunctionalModel:
         """
 
         def run(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-            return self.example_losses(w, _clone(b), x, y)
+            return self.example_losses(w, clone_buffers(b), x, y)
 
         with torch.no_grad():
             return self._map(run, run, weights, buffers, inputs, targets, _axes(shared))
@@ -159,7 +181,7 @@ class FunctionalModel:
         """The network's outputs (L, B, ...), without gradients; arguments as for `losses`."""
 
         def run(w: Tensor, b: Buffers, x: Any, _: Any) -> tuple[Tensor]:
-            return (self.output(w, _clone(b), x),)
+            return (self.output(w, clone_buffers(b), x),)
 
         with torch.no_grad():
             return self._map(run, run, weights, buffers, inputs, None, _axes(shared))[0]
@@ -192,39 +214,10 @@ class FunctionalModel:
 
         Each example is a batch of its own, so a network with batch statistics must be in eval mode.
         """
-        lone = (inputs.unsqueeze(1), targets.unsqueeze(1))
+        inputs, targets = tree_map(lambda t: t.unsqueeze(1), (inputs, targets))
         batched, single = self._gradient_functions()
-        _, norm, gradients, _ = self._map(batched, single, weights, buffers, *lone, axes=(None, 0))
+        _, norm, gradients, _ = self._map(batched, single, weights, buffers, inputs, targets, axes=(None, 0))
         return self.layout.join(gradients, lead=1), norm
-
-    def linearised_gradient(
-        self, weights: Float[Tensor, " d"], buffers: Buffers, inputs: Any, targets: Any
-    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """The Hessian of the summed contributions at one weight vector, as a product with vectors (d,) -> (d,).
-
-        The graph of the gradient is built here and kept by the returned function.
-
-        Returns:
-            the product, and the summed example weights.
-        """
-        parameters = {n: p.detach().requires_grad_() for n, p in self.layout.split(weights).items()}
-        leaves = list(parameters.values())
-        contributions, example_weights = self._example_losses(parameters, _clone(buffers), inputs, targets)
-        gradients = torch.autograd.grad(contributions.sum(), leaves, create_graph=True, materialize_grads=True)
-        kept = [g for g in gradients if g.requires_grad]  # a parameter that enters linearly has no row of its own
-
-        def multiply(vector: Tensor) -> Tensor:
-            directions = [
-                v for v, g in zip(self.layout.split(vector).values(), gradients, strict=True) if g.requires_grad
-            ]
-            if not kept:
-                return torch.zeros_like(vector)
-            rows = torch.autograd.grad(
-                kept, leaves, directions, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            return torch.cat([row.flatten() for row in rows])
-
-        return multiply, example_weights.sum()
 
     def _gradient_functions(self, *, reduced: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(loss, summed weights, gradients by name, new buffers) of one weight vector, for vmap and alone.
@@ -236,8 +229,8 @@ class FunctionalModel:
         def total(
             parameters: dict[str, Tensor], b: Buffers, x: Any, y: Any
         ) -> tuple[Tensor, tuple[Tensor, Tensor, Buffers]]:
-            fresh = _clone(b)
-            contributions, example_weights = self._example_losses(parameters, fresh, x, y)
+            fresh = clone_buffers(b)
+            contributions, example_weights = self.parted(self.forward(parameters, fresh, x), y)
             norm = example_weights.sum()
             loss = contributions.sum() / norm if divide else contributions.sum()
             return loss, (loss.detach(), norm, fresh)
@@ -266,7 +259,7 @@ class FunctionalModel:
         if self.batched:
             dims = (weight_axis, dict.fromkeys(buffers, weight_axis), data_axis, None if targets is None else data_axis)
             try:
-                return torch.vmap(batched, in_dims=dims, randomness="different")(weights, buffers, inputs, targets)
+                return torch.vmap(batched, in_dims=dims, randomness=self.randomness)(weights, buffers, inputs, targets)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
@@ -287,10 +280,15 @@ class FunctionalModel:
 
         def one(i: int) -> Any:
             w, b = (weights, buffers) if weight_axis is None else (weights[i], {n: t[i] for n, t in buffers.items()})
-            x, y = (inputs, targets) if data_axis is None else (inputs[i], None if targets is None else targets[i])
+            x, y = (
+                (inputs, targets)
+                if data_axis is None
+                else tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, (inputs, targets))
+            )
             return single(w, b, x, y)
 
-        return _stack([one(i) for i in range(len(weights) if weight_axis is not None else len(inputs))])
+        count = len(weights) if weight_axis is not None else len(tree_leaves(inputs)[0])
+        return _stack([one(i) for i in range(count)])
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
@@ -303,7 +301,8 @@ def _axes(shared: bool) -> tuple[int | None, int | None]:
     return (0, None) if shared else (0, 0)
 
 
-def _clone(buffers: Buffers) -> Buffers:
+def clone_buffers(buffers: Buffers) -> Buffers:
+    """Copies, for a module that updates them in place."""
     return {name: b.clone() for name, b in buffers.items()}
 
 

@@ -1,5 +1,13 @@
 """Matrix-free curvature."""
 
+from landscape.curvature.blocks import BlockDiagonalOperator as BlockDiagonalOperator
+from landscape.curvature.blocks import PreconditionedOperator as PreconditionedOperator
+from landscape.curvature.blocks import adam_diagonal as adam_diagonal
+from landscape.curvature.blocks import diagonal_blocks as diagonal_blocks
+from landscape.curvature.gauss_newton import fisher as fisher
+from landscape.curvature.gauss_newton import ggn as ggn
+from landscape.curvature.gradient_moments import gradient_covariance as gradient_covariance
+from landscape.curvature.gradient_moments import second_moment as second_moment
 from landscape.curvature.hessian import HessianOperator as HessianOperator
 from landscape.curvature.hessian import hessian as hessian
 from landscape.curvature.lanczos import Eigenpairs as Eigenpairs

@@ -1,17 +1,20 @@
-"""Extreme eigenpairs by Lanczos with full reorthogonalisation."""
+"""Extreme eigenpairs: thick-restarted block Lanczos, with true residuals and a bound on what may have been missed."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
+from scipy.special import betainc
 from torch import Tensor
 
 from landscape import streams
 from landscape.curvature.operators import SymmetricOperator
+from landscape.curvature.vectors import CHUNK, inner, norms
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
@@ -21,12 +24,16 @@ class Eigenpairs:
     """Approximate eigenpairs of a symmetric operator.
 
     Attributes:
-        values: (k,) Ritz values, float64: falling for LA and LM (by modulus), rising for SA; for BE the largest, then the smallest.
+        values: (k,) Ritz values, float64: falling for LA, rising for SA, falling in modulus for LM; for BE the largest, falling, then
+            the smallest, rising.
         vectors: (d, k) orthonormal Ritz vectors.
-        residuals: (k,) true residuals |A u - value u|; each value is within its residual of an exact eigenvalue.
-        converged: (k,) whether the residual is at most tol times the largest |value| found.
-        num_matvecs: products taken.
-        seed: of the starting vector.
+        residuals: (k,) true residuals |A u - value u|, of fresh products; each value is within its residual of an exact eigenvalue.
+        converged: (k,) whether the residual is at most tol |value|, or at the level of rounding, 10 eps max |Ritz value|.
+        num_matvecs: products taken, those for the residuals included.
+        seed: of the random directions.
+        missed: bound on the probability that the wanted end holds another eigenvalue, beyond the last wanted value by more than its
+            tolerance; 1 where this was not looked into.
+        provenance: of the operator.
     """
 
     values: np.ndarray
@@ -35,16 +42,28 @@ class Eigenpairs:
     converged: np.ndarray
     num_matvecs: int
     seed: int
+    missed: float
+    provenance: dict[str, Any]
 
     def to_xarray(self) -> xr.Dataset:
         """Values and residuals over eigen_index; the vectors are left out."""
+        plain = {key: value if isinstance(value, int | float) else str(value) for key, value in self.provenance.items()}
         return xr.Dataset(
             {
                 "eigenvalue": ("eigen_index", self.values),
                 "residual": ("eigen_index", self.residuals),
                 "converged": ("eigen_index", self.converged),
             },
-            attrs={"num_matvecs": self.num_matvecs, "seed": self.seed},
+            attrs={**plain, "num_matvecs": self.num_matvecs, "seed": self.seed, "missed": self.missed},
+        )
+
+    def __str__(self) -> str:
+        """A table, and what it cost."""
+        lines = ["   eigenvalue   residual"]
+        for value, residual, converged in zip(self.values, self.residuals, self.converged, strict=True):
+            lines.append(f"{value:13.6g} {residual:10.2g}{'' if converged else '  not converged'}")
+        return "\n".join(
+            [*lines, f"{self.num_matvecs} products; another one missed with probability <= {self.missed:.2g}"]
         )
 
 
@@ -54,95 +73,378 @@ def top_eigenpairs(
     which: Which = "LA",
     *,
     tol: float = 1e-3,
-    max_matvecs: int = 100,
+    max_matvecs: int | None = None,
+    block_size: int = 1,
+    max_basis: int | None = None,
     start: Tensor | None = None,
     seed: int = 0,
+    miss_probability: float = 0.01,
+    storage: torch.device | str | None = None,
 ) -> Eigenpairs:
-    """The k extreme eigenpairs.
+    r"""The k extreme eigenpairs, by Rayleigh-Ritz on a block Krylov space with full reorthogonalisation and thick restarts.
+
+    Once the wanted pairs have small true residuals ||A u - value u||, their span is taken out and Lanczos started anew from a random
+    direction there, to see what the first search was blind to: further copies of repeated eigenvalues, or what `start` did not
+    contain. Let A' be A on the complement of the wanted vectors, of dimension n, and z uniform on its unit sphere. If A' had an
+    eigenvalue lambda >= t above all Ritz values so far, with eigenvector u, then with the Lanczos polynomials p_j of z
+
+    $$(u \cdot z)^2 \le \Big( \sum_{j \le q} p_j(\lambda)^2 \Big)^{-1} \le c^2 = \Big( \sum_{j \le q} p_j(t)^2 \Big)^{-1}$$
+
+    after q products, and Prob[|u.z| <= c] = I_{c^2}(1/2, (n - 1)/2), the regularised incomplete beta function. c falls like
+    exp(-2 q sqrt(gap/spread)), so 5 to 15 products are enough where the last wanted value stands clear of the rest. `missed` is this
+    probability for t = last wanted value + tol |value| (the sum of both ends for LM and BE). A Ritz value beyond t is a pair that had
+    been missed: the search goes on with it, and what is found then is certified anew.
 
     Args:
-        operator: symmetric.
-        k: how many; for "BE" one of each end, whatever k.
+        operator: A, symmetric (d, d).
+        k: how many; of each end for "BE". At most d.
         which: "LA" largest, "SA" smallest, "LM" largest modulus, "BE" both ends.
-        tol: stop when every wanted residual is at most tol times the largest |Ritz value|.
-        max_matvecs: bound on the basis; k more products check the residuals.
-        start: starting vector (d,); random from `seed` otherwise.
-        seed: of the starting vector, and of new directions where the Krylov space is exhausted.
+        tol: of residual/|value|; below 10 eps max |Ritz value| a residual is rounding and counts as converged.
+        max_matvecs: bound on products, by default max(300, 10 k); at least k are taken, and up to k more for the last residuals.
+        block_size: directions multiplied at once (A @ block): for operators that are cheaper per column so, and repeated eigenvalues.
+        max_basis: vectors of length d kept, by default max(2 k + 20 block_size, 40) + j, but no more than half of the memory holds.
+        start: (d,) or (d, j) first directions, e.g. eigenvectors of another checkpoint; random from `seed` otherwise.
+        seed: of the random directions.
+        miss_probability: certify until `missed` is below, at most as many products as the search took (and 10); 1 turns it off.
+        storage: device of the basis: by default the operator's, or the host where that would fill half of its free memory.
 
     Returns:
-        `Eigenpairs`; those with `converged` False met `max_matvecs` first.
+        `Eigenpairs`; where `converged` is False, `max_matvecs` or the rounding of the operator was met first.
 
-    A single Krylov space holds one vector of each eigenspace, so an exactly repeated eigenvalue is found once, until a breakdown
-    restarts the basis with a new direction. Source: Lanczos (1950); Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13.
+    Cost: num_matvecs products, and about 8 max_basis d flops each for orthogonalisation. Memory: max_basis + 3 k vectors.
+
+    Sources: Wu & Simon (2000), SIAM J. Matrix Anal. Appl. 22, 602, thick restarts; Parlett, The Symmetric Eigenvalue Problem (1998),
+    ch. 13; van Dorsselaer, Hochstenbach & van der Vorst (2001), SIAM J. Matrix Anal. Appl. 22, 837, the bound by Lanczos polynomials;
+    Kuczynski & Wozniakowski (1992), SIAM J. Matrix Anal. Appl. 13, 1094, that q products from a random start suffice, whatever A.
+
+    >>> from landscape.curvature.operators import DenseOperator
+    >>> top_eigenpairs(DenseOperator(torch.diag(torch.tensor([3.0, 3.0, 2.0, 1.0]))), 3).values.round(4).tolist()
+    [3.0, 3.0, 2.0]
     """
     d = operator.dimension
-    k = 2 if which == "BE" else min(k, d)
-    limit = min(max(max_matvecs, k), d)
-    generator = streams.torch_generator("lanczos", seed)
+    if k < 1 or block_size < 1 or which not in ("LA", "SA", "LM", "BE"):
+        raise ValueError(f"k={k} and block_size={block_size} must be positive, which={which!r} one of LA, SA, LM, BE")
+    count = min(2 * k if which == "BE" else k, d)
+    first = _first_directions(start, d)
+    budget = max(max(300, 10 * count) if max_matvecs is None else max_matvecs, count)
+    width = max(block_size, len(first)) + 1  # of the frontier
+    preferred = max(2 * count + 20 * block_size, 40) + len(first)
+    capacity, device = _capacity(operator, preferred, count + width + block_size, max_basis, storage)
+    space = _Space(operator, capacity, device, seed)
+    for row in first:
+        space.append(row)
+    pending = space.size
 
-    def random_direction() -> Tensor:
-        return torch.randn(d, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
+    strictness, missed = 1.0, 1.0
+    while True:
+        values, small, coupling = space.ritz()
+        order = _preference(values, which)
+        wanted = order[:count]
+        accuracy = np.maximum(tol * np.abs(values[wanted]), space.rounding)
+        estimates = np.linalg.norm(coupling[:, wanted], axis=0)
+        complete = len(wanted) == count and pending == 0
+        accurate = complete and bool((estimates <= strictness * accuracy).all())
+        if not accurate and not space.exhausted and space.num_matvecs < budget:
+            if space.size + block_size > capacity < d:
+                keep = min(max(capacity // 2, count), capacity - len(space.frontier) - block_size)
+                space.restart(small[:, order[:keep]])
+                continue
+            block = min(block_size, budget - space.num_matvecs, pending or block_size)
+            open_pairs = coupling[:, wanted[estimates > strictness * accuracy]] if pending == 0 else None
+            space.expand(space.choose(block, open_pairs))
+            pending = max(0, pending - block)
+            continue
 
-    basis = torch.empty(limit, d, device=operator.device, dtype=operator.dtype)
-    projected = np.zeros((limit, limit))
-    vector = _orthogonal(random_direction() if start is None else start.to(basis), basis[:0])
-    matvecs, restarts = 0, 0
-    wanted = np.empty(0, dtype=np.int64)
-    values, small = np.empty(0), np.empty((0, 0))
-    for m in range(limit):
-        assert vector is not None
-        basis[m] = vector
-        image = operator.matvec(vector)
-        matvecs += 1
-        coefficients = (basis[: m + 1].double() @ image.double()).cpu().numpy()
-        projected[: m + 1, m] = projected[m, : m + 1] = coefficients
-        values, small = np.linalg.eigh(projected[: m + 1, : m + 1])
-        scale = max(float(np.abs(values).max()), np.finfo(np.float64).tiny)
-        rest = image - basis[: m + 1].T @ (basis[: m + 1] @ image)
-        beta = float(rest.double().norm())
-        wanted = _wanted(values, k, which)
-        broken = beta <= 100 * torch.finfo(basis.dtype).eps * scale  # an invariant subspace
-        accurate = bool((beta * np.abs(small[-1, wanted]) <= tol * scale).all())
-        if m + 1 == limit or (accurate and m + 1 >= min(2 * k, limit, 4) and (not broken or restarts >= k - 1)):
+        wanted = _report_order(wanted, which)
+        accuracy = np.maximum(tol * np.abs(values[wanted]), space.rounding)
+        vectors = space.combined(small[:, wanted])
+        images = space.multiply(vectors)
+        rests = images - vectors * torch.from_numpy(values[wanted]).to(images)[:, None]
+        residuals = norms(rests).cpu().numpy()
+        worst = int(np.argmax(residuals / np.maximum(accuracy, np.finfo(np.float64).tiny)))
+        if space.exhausted:
+            missed = 0.0
+        if space.exhausted or space.num_matvecs >= budget:
             break
-        vector = None if broken else _orthogonal(rest, basis[: m + 1])
-        if vector is None:  # go on with a new direction: it finds another copy of every repeated eigenvalue
-            restarts += 1
-            vector = _orthogonal(random_direction(), basis[: m + 1])
-            if vector is None:
-                break
-    vectors = basis[: len(values)].T @ torch.from_numpy(np.ascontiguousarray(small[:, wanted])).to(basis)
-    images = operator @ vectors
-    found = torch.from_numpy(values[wanted]).to(basis)
-    residuals = (images - vectors * found).double().norm(dim=0).cpu().numpy()
-    scale = float(np.abs(values).max())
+        if residuals[worst] > accuracy[worst] and strictness > 0.01:
+            strictness /= 4
+            if len(space.frontier) < width and space.size < capacity:
+                space.append_residual(rests[worst], small[:, wanted[worst]])
+            continue
+        del images, rests
+        if miss_probability >= 1:
+            break
+        thresholds = _thresholds(values[wanted], np.maximum(accuracy, residuals), which)
+        space.restart(small[:, wanted], keep_frontier=False)
+        limit = min(budget - space.num_matvecs, max(10, space.num_matvecs))
+        bound = _certify(space, thresholds, which, limit, miss_probability)
+        if bound is not None:
+            missed = bound
+            break
+        strictness = 1.0
     return Eigenpairs(
         values[wanted],
-        vectors,
+        vectors.T,
         residuals,
-        residuals <= tol * max(scale, np.finfo(float).tiny),
-        matvecs + len(wanted),
+        residuals <= accuracy,
+        space.num_matvecs,
         seed,
+        missed,
+        operator.provenance,
     )
 
 
-def _wanted(values: np.ndarray, k: int, which: Which) -> np.ndarray:
-    """Indices into ascending values."""
-    count = len(values)
-    if which == "BE":
-        return np.array([count - 1, 0]) if count > 1 else np.array([0])
+class _Space:
+    """Orthonormal rows V, those already multiplied by A ("expanded", E) and the frontier F of those not yet multiplied.
+
+    projected[:, E] holds V A V_E^T in float64, so that up to rounding
+
+        A V_E^T = V_E^T T + V_F^T C    with T = projected[E, E], C = projected[F, E],
+
+    and a Ritz pair T s = theta s has the residual |C s|.
+    """
+
+    def __init__(self, operator: SymmetricOperator, capacity: int, device: torch.device, seed: int) -> None:
+        self.operator = operator
+        self.generator = streams.torch_generator("lanczos", seed)
+        self.rows = torch.empty(capacity, operator.dimension, device=device, dtype=operator.dtype)
+        self.projected = np.zeros((capacity, capacity))
+        self.expanded = np.zeros(capacity, dtype=bool)
+        self.size = 0
+        self.scale = 0.0  # largest |A v| and |Ritz value| seen: a lower bound of |A|
+        self.num_matvecs = 0
+
+    @property
+    def inside(self) -> np.ndarray:
+        """E."""
+        return np.flatnonzero(self.expanded[: self.size])
+
+    @property
+    def frontier(self) -> np.ndarray:
+        """F."""
+        return np.flatnonzero(~self.expanded[: self.size])
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all of R^d has been multiplied."""
+        return self.size == self.operator.dimension and bool(self.expanded[: self.size].all())
+
+    @property
+    def rounding(self) -> float:
+        """What a residual cannot be told from zero below."""
+        return 10 * torch.finfo(self.rows.dtype).eps * self.scale
+
+    def multiply(self, block: Tensor) -> Tensor:
+        """A times the rows of a block (m, d)."""
+        self.num_matvecs += len(block)
+        block = block.to(self.operator.device)
+        images = (self.operator @ block[0])[None] if len(block) == 1 else (self.operator @ block.T).T
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError("a product of the operator is not finite; look for NaN or infinity in weights and data")
+        return images
+
+    def append(self, vector: Tensor, negligible: float | None = None) -> tuple[np.ndarray, float]:
+        """Adds what of a vector (d,) is orthogonal to the rows as a frontier row, unless its length is negligible.
+
+        Returns: coefficients along the rows that were there, and the length of the new one (0 if there is none).
+        """
+        rows = self.rows[: self.size]
+        vector = vector.to(rows, copy=True)
+        length = float(norms(vector[None]))
+        negligible = length * torch.finfo(rows.dtype).eps ** 0.5 if negligible is None else negligible
+        coefficients = np.zeros(self.size)
+        for _ in range(4):  # twice is enough, but for what nearly vanishes
+            before, along = length, inner(rows, vector[None])[:, 0]
+            vector -= along.to(rows.dtype) @ rows
+            coefficients += along.cpu().numpy()
+            length = float(norms(vector[None]))
+            if length > 0.7 * before:
+                break
+        if length <= negligible or self.size == len(self.rows):
+            return coefficients, 0.0
+        self.rows[self.size] = vector / length
+        self.projected[self.size, :] = self.projected[:, self.size] = 0
+        self.expanded[self.size] = False
+        self.size += 1
+        return coefficients, length
+
+    def append_random(self) -> None:
+        """Adds a frontier row uniform on the unit sphere of the rows' complement."""
+        wide = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
+        self.append(torch.randn(self.operator.dimension, generator=self.generator, dtype=wide), 0.0)
+
+    def append_residual(self, rest: Tensor, combination: np.ndarray) -> None:
+        """Adds the part of a Ritz pair's true residual that the frontier does not hold (it was lost to rounding, or left out)."""
+        inside, length = self.inside, float(norms(rest[None]))
+        _, left = self.append(rest, 0.1 * length)
+        if left > 0:
+            self.projected[self.size - 1, inside] = left * combination
+
+    def choose(self, count: int, open_pairs: np.ndarray | None) -> np.ndarray:
+        """Frontier rows to multiply: the first, after a rotation that leads with the most of the open pairs' residuals (F, p)."""
+        if len(self.frontier) == 0:
+            for _ in range(count):
+                self.append_random()
+        frontier = self.frontier
+        if open_pairs is not None and open_pairs.size and len(frontier) > count:
+            rotation = np.linalg.svd(open_pairs)[0].T
+            self._combine(frontier, rotation, frontier)
+            self.projected[frontier] = rotation @ self.projected[frontier]
+        return frontier[:count]
+
+    def expand(self, chosen: np.ndarray) -> None:
+        """Multiplies frontier rows by A and adds what is new in the products to the frontier."""
+        images = self.multiply(self.rows[chosen])
+        self.scale = max(self.scale, float(norms(images).max()))
+        for column, image in zip(chosen, images, strict=True):
+            size = self.size
+            coefficients, length = self.append(image, self.rounding)
+            self.projected[:size, column] = coefficients
+            if length > 0:
+                self.projected[size, column] = length
+        self.expanded[chosen] = True
+        inside = self.inside
+        self.projected[np.ix_(chosen, inside)] = self.projected[np.ix_(inside, chosen)].T
+        square = self.projected[np.ix_(chosen, chosen)]
+        self.projected[np.ix_(chosen, chosen)] = (square + square.T) / 2
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ritz values (rising), their combinations S (E, E) of expanded rows, and the coupling C S (F, E)."""
+        values, small = np.linalg.eigh(self.projected[np.ix_(self.inside, self.inside)])
+        self.scale = max(self.scale, float(np.abs(values).max(initial=0.0)))
+        return values, small, self.projected[np.ix_(self.frontier, self.inside)] @ small
+
+    def combined(self, small: np.ndarray) -> Tensor:
+        """Combinations (E, p) of the expanded rows, as rows (p, d) on the operator's device."""
+        weights = torch.zeros(small.shape[1], self.size, dtype=self.rows.dtype)
+        weights[:, self.inside] = torch.from_numpy(small.T).to(weights)
+        return (weights.to(self.rows) @ self.rows[: self.size]).to(self.operator.device)
+
+    def restart(self, small: np.ndarray, *, keep_frontier: bool = True) -> None:
+        """Replaces the expanded rows by orthonormal combinations (E, p) of them; the frontier stays, or goes."""
+        inside, frontier = self.inside, self.frontier if keep_frontier else self.frontier[:0]
+        p, size = small.shape[1], small.shape[1] + len(frontier)
+        weights = np.zeros((size, self.size))
+        weights[:p, inside] = small.T
+        weights[np.arange(p, size), frontier] = 1
+        kept = small.T @ self.projected[np.ix_(inside, inside)] @ small
+        coupling = self.projected[np.ix_(frontier, inside)] @ small
+        self._combine(np.arange(self.size), weights, np.arange(size))
+        self.projected[:] = 0
+        self.projected[:p, :p] = (kept + kept.T) / 2
+        self.projected[p:size, :p] = coupling
+        self.expanded[:] = np.arange(len(self.rows)) < p
+        self.size = size
+
+    def _combine(self, source: np.ndarray, weights: np.ndarray, target: np.ndarray) -> None:
+        """rows[target] = weights @ rows[source], in place, some coordinates at a time."""
+        matrix = torch.from_numpy(weights).to(self.rows)
+        for begin in range(0, self.rows.shape[1], CHUNK):
+            part = self.rows[:, begin : begin + CHUNK]
+            part[target] = matrix @ part[source]
+
+
+def _certify(
+    space: _Space, thresholds: list[tuple[int, float]], which: Which, limit: int, probability: float
+) -> float | None:
+    """Bound on the probability of another eigenvalue beyond the thresholds (side +1 or -1, t), by a new Lanczos run.
+
+    The space holds the wanted vectors, expanded, and nothing else. Let y be the components along the run's rows of an eigenvector u
+    of eigenvalue t: (t - T) y_E = C^T y_F, so y is known up to its length, at most 1, and u.z, the component along the first row, with
+    it. At a restart u.z is carried over as a multiple of the component along the frontier row, which stays.
+
+    Returns: the bound after at most `limit` products; None as soon as a Ritz value lies beyond a threshold.
+    """
+    deflated, capacity, dimension = space.size, len(space.rows), space.operator.dimension
+    if deflated == dimension:
+        return 0.0
+    space.append_random()
+    anchor, factors = 0, np.ones(len(thresholds))  # |u.z| = factor * |component along run row `anchor`|
+    bound = 1.0
+    values, small, components = np.empty(0), np.empty((0, 0)), np.empty((0, len(thresholds)))
+    for _ in range(limit):
+        if space.size == capacity < dimension:
+            keep = _preference(values, which)[: (capacity - deflated) // 2]
+            transform = np.eye(deflated + len(values), deflated + len(keep))
+            transform[deflated:, deflated:] = small[:, keep]
+            space.restart(transform)
+            anchor, factors = len(keep), factors * np.abs(components[anchor])
+        space.expand(space.frontier)
+        run, frontier = space.inside[deflated:], space.frontier
+        values, small = np.linalg.eigh(space.projected[np.ix_(run, run)])
+        if any(side * (values[-1 if side > 0 else 0] - t) >= 0 for side, t in thresholds):
+            return None
+        if space.exhausted:
+            return 0.0
+        ended = len(frontier) == 0  # at an invariant subspace, as far as rounding lets see
+        coupling = np.eye(1, len(run), len(run) - 1)[0] * space.rounding
+        coupling = coupling if ended else space.projected[frontier[0], run]
+        gaps = np.array([t for _, t in thresholds]) - values[:, None]
+        components = small @ ((small.T @ coupling)[:, None] / gaps)  # y_E for y_F = 1
+        cosines = factors * np.abs(components[anchor]) / np.sqrt(1 + (components**2).sum(0))
+        bound = float(min(1.0, betainc(0.5, (dimension - deflated - 1) / 2, np.minimum(cosines, 1) ** 2).sum()))
+        if ended or bound <= probability:
+            break
+    return bound
+
+
+def _thresholds(values: np.ndarray, margins: np.ndarray, which: Which) -> list[tuple[int, float]]:
+    """Sides and values beyond which another eigenvalue would be one of the wanted; values in report order."""
+    last, margin = float(values[-1]), float(margins[-1])
+    if which == "LA":
+        return [(1, last + margin)]
     if which == "SA":
-        return np.arange(min(k, count))
-    order = np.argsort(-np.abs(values), kind="stable") if which == "LM" else np.arange(count)[::-1]
-    return order[:k]
+        return [(-1, last - margin)]
+    if which == "LM":
+        return [(1, abs(last) + margin), (-1, -abs(last) - margin)]
+    inner_top = (len(values) - 1) // 2
+    return [
+        (1, float(values[inner_top] + margins[inner_top])),
+        (-1, float(values[-1 if len(values) > 1 else 0]) - margin),
+    ]
 
 
-def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor | None:
-    """The vector, orthogonalised twice against the rows of a basis and normalised; None if nothing is left of it."""
-    before = vector.double().norm()
-    for _ in range(2):
-        vector = vector - basis.T @ (basis @ vector)
-    length = vector.double().norm()
-    if not length > 1e-6 * before:
-        return None
-    return vector / length.to(vector.dtype)
+def _preference(values: np.ndarray, which: Which) -> np.ndarray:
+    """Indices into rising values, the most wanted first; for BE the ends take turns."""
+    rising = np.arange(len(values))
+    if which == "SA":
+        return rising
+    if which == "LM":
+        return np.argsort(-np.abs(values), kind="stable")
+    if which == "LA":
+        return rising[::-1]
+    return np.stack([rising[::-1], rising], axis=1).ravel()[: len(values)]
+
+
+def _report_order(wanted: np.ndarray, which: Which) -> np.ndarray:
+    """Wanted indices as they are reported: as preferred; for BE one end after the other."""
+    return np.concatenate([wanted[::2], wanted[1::2]]) if which == "BE" else wanted
+
+
+def _first_directions(start: Tensor | None, dimension: int) -> Tensor:
+    """Rows (j, d) of a warm start; j = 0 without one."""
+    if start is None:
+        return torch.empty(0, dimension)
+    if start.ndim not in (1, 2) or start.shape[0] != dimension:
+        raise ValueError(f"start has shape {tuple(start.shape)}; it must be ({dimension},) or ({dimension}, j)")
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("start is not finite")
+    return start.detach().reshape(dimension, -1).T
+
+
+def _capacity(
+    operator: SymmetricOperator, preferred: int, least: int, given: int | None, storage: torch.device | str | None
+) -> tuple[int, torch.device]:
+    """How many rows are kept, and on which device."""
+    d = operator.dimension
+    if given is not None and given < min(least, d):
+        raise ValueError(f"max_basis={given} is too small for this k, block_size and start: take {least} or more")
+    rows = min(preferred if given is None else given, d)
+    row_bytes = d * torch.finfo(operator.dtype).bits // 8
+    device = operator.device if storage is None else torch.device(storage)
+    if storage is None and device.type == "cuda" and rows * row_bytes > torch.cuda.mem_get_info(device)[0] // 2:
+        device = torch.device("cpu")
+    if given is None and device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rows = min(rows, max(least, host_bytes // 2 // row_bytes))
+    return rows, device

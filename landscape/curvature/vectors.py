@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -47,3 +48,32 @@ def probes(
         else:
             torch.randn(dimension, generator=generator, out=rows[i])
     return rows
+
+
+def products(matmat: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """A applied to every row (m, d) at once, as rows; `matmat` multiplies columns (d, m).
+
+    Raises:
+        ValueError: a product holds nan or inf.
+    """
+    images = matmat(rows.T).T.contiguous()
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            "a product with the operator holds nan or inf: the loss is not finite there, or the type overflows; "
+            "check the weights and the data, or compute in float64"
+        )
+    return images
+
+
+def orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """What of a vector (d,) is orthogonal to orthonormal rows (k, d), and its coefficients on them (k,), float64.
+
+    Coefficients are accumulated in float64 and subtracted twice, which is enough for orthogonality to machine precision
+    (Giraud et al. 2005). The basis may live on another device; the rest comes back on the vector's.
+    """
+    total = torch.zeros(len(basis), dtype=torch.float64, device=basis.device)
+    for _ in range(2 if len(basis) else 0):
+        coefficients = inner(vector[None], basis)[0]
+        vector = vector - (coefficients.to(basis.dtype) @ basis).to(vector.device, vector.dtype)
+        total += coefficients
+    return vector, total

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+Split = Callable[[Any], tuple[Any, Any]]
+"""What makes (inputs, targets) of a batch."""
+
+TARGET_NAMES = ("labels", "label", "targets", "target", "y")
+"""Where a batch that is a dictionary keeps its targets."""
 
 
 @runtime_checkable
@@ -73,34 +80,74 @@ class TensorData:
         return digest.hexdigest()[:16]
 
 
-class MapData:
-    """A map-style data set (`__len__`, `__getitem__` giving (input, target)), collated as torch's DataLoader does."""
+class TreeData:
+    """A data set that lies in memory as a structure of tensors (dictionaries, tuples), each with the examples along its first axis."""
 
-    def __init__(self, dataset: Any, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(self, tree: Any, split: Split) -> None:
+        counts = {len(t) for t in tensors_in(tree)}
+        if len(counts) != 1 or counts == {0}:
+            raise ValueError(f"tensors of {', '.join(map(str, sorted(counts)))} examples do not make a data set")
+        self.tree, self.split, self.count = tree, split, counts.pop()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor) -> tuple[Any, Any]:
+        """See `TensorData.batch`."""
+        flat = indices.flatten()
+        return self.split(
+            tree_map(lambda t: t.index_select(0, flat.to(t.device)).unflatten(0, indices.shape), self.tree)
+        )
+
+    def rows(self, part: slice) -> tuple[Any, Any]:
+        """Consecutive examples, without a copy."""
+        return self.split(tree_map(lambda t: t[part], self.tree))
+
+
+class MapData:
+    """A map-style data set (`__len__`, `__getitem__`), collated as torch's DataLoader does."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        split: Split | None = None,
+    ) -> None:
         self.dataset = dataset
         self.device = torch.device(device)
         self.dtype = dtype
+        self.split = split or split_batch
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor) -> tuple[Any, Any]:
         """See `TensorData.batch`; examples are read one by one."""
-        inputs, targets = torch.utils.data.default_collate([self.dataset[int(i)] for i in indices.flatten()])
-        inputs, targets = (t.to(self.device, self.dtype if t.is_floating_point() else None) for t in (inputs, targets))
-        return inputs.unflatten(0, indices.shape), targets.unflatten(0, indices.shape)
+        collated = torch.utils.data.default_collate([self.dataset[int(i)] for i in indices.flatten()])
+        moved = move(collated, self.device, self.dtype)
+        return self.split(tree_map(lambda t: t.unflatten(0, indices.shape), moved))
 
 
 class BatchList:
-    """A list of ready batches. It can be streamed over, but not drawn from."""
+    """A list of ready batches. It can be streamed over, but not drawn from. Batches without examples are left out."""
 
-    def __init__(self, batches: Sequence[tuple[Any, Any]]) -> None:
-        if not batches:
-            raise ValueError("the list of batches is empty")
-        self.batches = batches
+    def __init__(self, batches: Sequence[Any], device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+                 split: Split | None = None) -> None:  # fmt: skip
+        take = split or split_batch
+        self.counts = [num_examples(take(b)[1]) for b in batches]
+        self.batches = [b for b, count in zip(batches, self.counts, strict=True) if count]
+        self.counts = [count for count in self.counts if count]
+        if not self.batches:
+            raise ValueError("the list of batches is empty, or no batch in it has an example")
+        self.device, self.dtype, self.split = torch.device(device), dtype, take
 
     def __len__(self) -> int:
-        return sum(len(target) for _, target in self.batches)
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self.batches:
+            yield self.split(move(batch, self.device, self.dtype))
 
     def batch(self, indices: Tensor) -> tuple[Any, Any]:
         """Not possible."""
@@ -109,38 +156,101 @@ class BatchList:
         )
 
 
-def as_data(data: Any, device: torch.device | str, dtype: torch.dtype) -> TensorData | MapData | BatchList:
+Data = TensorData | TreeData | MapData | BatchList
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of a structure."""
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def num_examples(tree: Any) -> int:
+    """How many examples a batch or its targets hold: the length of the first tensor in it."""
+    leaves = tensors_in(tree)
+    if not leaves or leaves[0].ndim == 0:
+        raise ValueError("a batch must hold tensors with the examples along their first axis")
+    return len(leaves[0])
+
+
+def move(tree: Any, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+    """A structure of tensors on a device, its floating-point tensors in `dtype`. Mappings become plain dictionaries."""
+    if isinstance(tree, Mapping):
+        return {name: move(value, device, dtype) for name, value in tree.items()}
+
+    def one(t: Any) -> Any:
+        return t.to(device, dtype if t.is_floating_point() else None) if isinstance(t, Tensor) else t
+
+    return tree_map(one, tree)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch as people have them.
+
+    A pair (x, y) is taken as it is; of a longer tuple the last is the target and the rest are the model's positional arguments;
+    of a dictionary, the entry named like a target (TARGET_NAMES) is the target and the rest are keyword arguments.
+
+    >>> split_batch({"input_ids": 1, "attention_mask": 2, "labels": 3})
+    ({'input_ids': 1, 'attention_mask': 2}, 3)
+    >>> split_batch((1, 2, 3))
+    ((1, 2), 3)
+    """
+    if isinstance(batch, Mapping):
+        names = [name for name in TARGET_NAMES if name in batch]
+        if len(names) != 1:
+            raise ValueError(
+                f"a batch with the entries {', '.join(map(str, batch))}: which is the target? Name it {' or '.join(TARGET_NAMES)}, "
+                "or give split=lambda batch: (inputs, targets)"
+            )
+        return {name: value for name, value in batch.items() if name != names[0]}, batch[names[0]]
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} is not (inputs, targets); give split=lambda batch: (inputs, targets)"
+        )
+    return (batch[0], batch[1]) if len(batch) == 2 else (tuple(batch[:-1]), batch[-1])
+
+
+def as_data(data: Any, device: torch.device | str, dtype: torch.dtype, split: Split | None = None) -> Data:
     """What a user hands over as data, on the device and in the floating-point type of the computation.
 
     Args:
-        data: a TensorData, a pair of tensors, a torch TensorDataset of two, a map-style data set, or a list of batches.
+        data: a TensorData; tensors in a tuple or a dictionary, the examples along their first axis; a torch TensorDataset; a map-style
+            data set; a list of batches; or a DataLoader, which is read once and kept as a list of batches.
         device: where batches go.
         dtype: floating-point inputs and targets are converted to it.
+        split: what makes (inputs, targets) of a batch; `split_batch` by default.
     """
     if isinstance(data, TensorData):
         return data.to(device, dtype)
-    if isinstance(data, MapData | BatchList):
+    if isinstance(data, TreeData | MapData | BatchList):
         return data
-    if isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
-        return TensorData(*data.tensors).to(device, dtype)
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+    if isinstance(data, torch.utils.data.TensorDataset):
+        data = data.tensors
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data) and split is None:
         return TensorData(*data).to(device, dtype)
-    if isinstance(data, list) and data and isinstance(data[0], tuple | list):
-        return BatchList([TensorData(x, y).to(device, dtype).rows(slice(None)) for x, y in data])
+    if isinstance(data, Mapping) or (isinstance(data, tuple) and all(isinstance(t, Tensor) for t in data)):
+        return TreeData(move(data, device, dtype), split or split_batch)
+    if isinstance(data, torch.utils.data.DataLoader):
+        with torch.random.fork_rng(devices=[]):  # a loader seeds its workers from the global state
+            data = list(data)
+    if isinstance(data, list) and data and isinstance(data[0], tuple | list | Mapping):
+        return BatchList(data, device, dtype, split)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return MapData(data, device, dtype)
+        if len(data) == 0:
+            raise ValueError("the data set has no examples")
+        return MapData(data, device, dtype, split)
     if isinstance(data, Iterable):
         raise ValueError(
             "data is an iterator, which can be read only once; give a list of batches, tensors or a map-style data set"
         )
-    raise ValueError(f"data of type {type(data).__name__} is not a data set, a pair of tensors or a list of batches")
+    raise ValueError(f"data of type {type(data).__name__} is not a data set, tensors or a list of batches")
 
 
-def stream(data: TensorData | MapData | BatchList, chunk: int) -> Iterator[tuple[Any, Any]]:
+def stream(data: Data, chunk: int) -> Iterator[tuple[Any, Any]]:
     """All examples in order, in chunks of at most `chunk` (a list of batches keeps its own)."""
     if isinstance(data, BatchList):
-        yield from data.batches
+        yield from data
         return
     for start in range(0, len(data), chunk):
         stop = min(start + chunk, len(data))
-        yield data.rows(slice(start, stop)) if isinstance(data, TensorData) else data.batch(torch.arange(start, stop))
+        indices = torch.arange(start, stop)
+        yield data.batch(indices) if isinstance(data, MapData) else data.rows(slice(start, stop))

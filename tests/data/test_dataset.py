@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from landscape.data.dataset import BatchList, IndexedData, MapData, TensorData, as_data, stream
 
@@ -111,7 +111,6 @@ def test_floating_point_targets_of_a_map_style_set_are_converted_too() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (DataLoader(TensorDataset(INPUTS, TARGETS)), "list of batches"),
         (iter([(INPUTS, TARGETS)]), "iterator, which can be read only once"),
         (7, "data of type int is not a data set"),
     ],

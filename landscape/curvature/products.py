@@ -1,0 +1,105 @@
+"""Operators made of one linear map a batch, summed over an objective's data: what the Hessian and its relatives share."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from landscape.curvature.operators import SymmetricOperator
+from landscape.data.dataset import tensors_in
+from landscape.linearisation import Linearised
+from landscape.objective import Objective, Weights
+
+
+class ObjectiveOperator(SymmetricOperator):
+    """(factor) sum over batches of a symmetric map at fixed weights.
+
+    Each batch is linearised when a product first meets it. What fits the memory budget is kept and used again by every later product; the
+    rest is linearised anew for each product, or once for a block of them. Directions go through one batched pass while that keeps
+    the working set small, which pays where networks are so small that overhead rules; the choice hangs on sizes alone, never on timing, so
+    that results can be had again.
+
+    Attributes:
+        objective: L.
+        weights: w, (d,).
+        memory_budget: bytes of graphs kept.
+        kept_bytes: bytes of graphs kept by now.
+    """
+
+    kind: str
+
+    def __init__(self, objective: Objective, weights: Weights, *, memory_budget: int | None = None) -> None:
+        """Args: objective; weights (d,) or by name; memory_budget: bytes for kept graphs, by default half of the free memory, 0 for none."""
+        self.objective = objective
+        self.weights = objective.flat(weights)
+        self.dimension, self.device, self.dtype = objective.num_parameters, objective.device, objective.dtype
+        self.memory_budget = free_memory(self.device) // 2 if memory_budget is None else memory_budget
+        self.kept_bytes = 0
+        self._kept: dict[int, Linearised] = {}
+        self._complete = False
+        self._bytes_per_example: float | None = None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The operator and its objective."""
+        return {**super().description, **self.objective.description}
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product with one vector (d,)."""
+        return self._product(vector[None])[0]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        """The product with several vectors (d, k)."""
+        return self._product(block.T.contiguous()).T
+
+    @abstractmethod
+    def _finish(self, total: Tensor, rows: Tensor) -> Tensor:
+        """From sums over all ranks (k, d) to the product with rows (k, d)."""
+
+    def _product(self, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows)
+        norm = 0.0
+        if self._complete:
+            for linear in self._kept.values():
+                total += linear(rows, at_once=self._at_once(linear))
+        else:
+            for index, inputs, targets in self.objective.batches():
+                linear = self._kept.get(index) or self._linearise(index, inputs, targets)
+                total += linear(rows, at_once=self._at_once(linear))
+                norm += float(linear.norm)
+                count = index + 1
+            self.objective.settle_norm(norm)
+            self._complete = len(self._kept) == count
+        return self._finish(self.objective.sum_over_ranks(total), rows)
+
+    def _linearise(self, index: int, inputs: Any, targets: Any) -> Linearised:
+        linear = self.objective.linearise(self.weights, index, inputs, targets, self.kind)
+        if self._bytes_per_example is None:
+            held = [self.weights, *self.objective.buffers.values(), *tensors_in((inputs, targets))]
+            self._bytes_per_example = max(1.0, linear.num_bytes(without=held) / linear.num_examples)
+        size = int(self._bytes_per_example * linear.num_examples)
+        if self.kept_bytes + size <= self.memory_budget:
+            self._kept[index] = linear
+            self.kept_bytes += size
+        return linear
+
+    def _at_once(self, linear: Linearised) -> int:
+        assert self._bytes_per_example is not None
+        share = 64 << 20 if self.device.type == "cpu" else 1 << 30
+        return max(1, int(share / (self._bytes_per_example * linear.num_examples)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device; on a host, what the kernel says is available."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 4 << 30
