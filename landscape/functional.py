@@ -254,9 +254,9 @@ class FunctionalModel:
 
     def _map(self, batched: Callable[..., Any], single: Callable[..., Any], weights: Tensor, buffers: Buffers, inputs: Any,
              targets: Any, axes: tuple[int | None, int | None]) -> Any:  # fmt: skip
-        """Map over the leading axis of the weights, the data or both, batched where that works; `axes` are vmap's in_dims."""
+        """Map over the leading axis of the weights, the data or both, batched where that works and there are several; `axes` are vmap's in_dims."""
         weight_axis, data_axis = axes
-        if self.batched:
+        if self.batched and not (weight_axis == 0 and len(weights) == 1):
             dims = (weight_axis, dict.fromkeys(buffers, weight_axis), data_axis, None if targets is None else data_axis)
             try:
                 return torch.vmap(batched, in_dims=dims, randomness=self.randomness)(weights, buffers, inputs, targets)

@@ -86,6 +86,8 @@ class Objective:
         self.device, self.dtype = torch.device(device or first.device), dtype or first.dtype
         self.batch_norm, self.dropout_seed, self.batch_size, self.group = batch_norm, dropout_seed, batch_size, group
         module = copy.deepcopy(model).to(self.device, self.dtype)
+        if getattr(module, "is_gradient_checkpointing", False):  # Hugging Face's switch: it hides the graph
+            module.gradient_checkpointing_disable()  # type: ignore[operator]
         if parameters is not None:
             _free(module, parameters)
         self._set_modes(module)
@@ -130,7 +132,7 @@ class Objective:
     def bytes_per_example(self) -> float:
         """Memory that a gradient with its graph takes for one example: three times what its forward pass keeps."""
         if self._bytes_per_example is None:
-            inputs, targets = self._few(2)
+            inputs, targets = self.few(2)
             weights = self.model.initial_weights()[0].requires_grad_()
             with self._frozen(0):
                 contributions, _ = self.model.example_losses(weights, clone_buffers(self.buffers), inputs, targets)
@@ -333,6 +335,13 @@ class Objective:
         for index, (inputs, targets) in enumerate(stream(self.data, size)):
             yield index, inputs, targets
 
+    def few(self, count: int) -> tuple[Any, Any]:
+        """The first examples, as (inputs, targets); the first batch where batches are fixed."""
+        inputs, targets = next(stream(self.data, count))
+        if isinstance(self.data, BatchList) and not self.has_fixed_batches:
+            inputs, targets = tree_map(lambda t: t[:count] if isinstance(t, Tensor) else t, (inputs, targets))
+        return inputs, targets
+
     # Many processes ----------------------------------------------------------------------------------------------
 
     @property
@@ -372,12 +381,6 @@ class Objective:
         if self.dropout_seed is None:
             return contextlib.nullcontext()
         return streams.seeded("dropout", self.dropout_seed, index, device=self.device)
-
-    def _few(self, count: int) -> tuple[Any, Any]:
-        inputs, targets = next(stream(self.data, count))
-        if isinstance(self.data, BatchList) and not self.has_fixed_batches:
-            inputs, targets = tree_map(lambda t: t[:count] if isinstance(t, Tensor) else t, (inputs, targets))
-        return inputs, targets
 
     def _needs_independent_examples(self) -> None:
         if self.has_fixed_batches:

@@ -4,6 +4,8 @@ from landscape.curvature.blocks import BlockDiagonalOperator as BlockDiagonalOpe
 from landscape.curvature.blocks import PreconditionedOperator as PreconditionedOperator
 from landscape.curvature.blocks import adam_diagonal as adam_diagonal
 from landscape.curvature.blocks import diagonal_blocks as diagonal_blocks
+from landscape.curvature.coupled import CoupledOperator as CoupledOperator
+from landscape.curvature.differences import GradientDifferenceOperator as GradientDifferenceOperator
 from landscape.curvature.gauss_newton import fisher as fisher
 from landscape.curvature.gauss_newton import ggn as ggn
 from landscape.curvature.gradient_moments import gradient_covariance as gradient_covariance
@@ -12,3 +14,5 @@ from landscape.curvature.hessian import HessianOperator as HessianOperator
 from landscape.curvature.hessian import hessian as hessian
 from landscape.curvature.lanczos import Eigenpairs as Eigenpairs
 from landscape.curvature.lanczos import top_eigenpairs as top_eigenpairs
+from landscape.curvature.preflight import Preflight as Preflight
+from landscape.curvature.preflight import preflight as preflight

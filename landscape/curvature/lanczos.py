@@ -83,29 +83,29 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     r"""The k extreme eigenpairs, by Rayleigh-Ritz on a block Krylov space with full reorthogonalisation and thick restarts.
 
-    Once the wanted pairs have small true residuals ||A u - value u||, their span is taken out and Lanczos started anew from a random
-    direction there, to see what the first search was blind to: further copies of repeated eigenvalues, or what `start` did not
-    contain. Let A' be A on the complement of the wanted vectors, of dimension n, and z uniform on its unit sphere. If A' had an
-    eigenvalue lambda >= t above all Ritz values so far, with eigenvector u, then with the Lanczos polynomials p_j of z
+    A Krylov space is blind to further copies of a repeated eigenvalue and to what its start does not contain. So, once the wanted
+    pairs have small true residuals, their span is taken out and Lanczos started anew from a random direction z of the complement.
+    Were there another eigenvalue lambda >= t, t above all Ritz values of this run, its eigenvector u would obey, with the Lanczos
+    polynomials p_j of the run after q products (orthonormal under the spectral measure of z),
 
-    $$(u \cdot z)^2 \le \Big( \sum_{j \le q} p_j(\lambda)^2 \Big)^{-1} \le c^2 = \Big( \sum_{j \le q} p_j(t)^2 \Big)^{-1}$$
+    $$(u \cdot z)^2 \le \Big( \sum_{j \le q} p_j(\lambda)^2 \Big)^{-1} \le c^2 = \Big( \sum_{j \le q} p_j(t)^2 \Big)^{-1},$$
 
-    after q products, and Prob[|u.z| <= c] = I_{c^2}(1/2, (n - 1)/2), the regularised incomplete beta function. c falls like
-    exp(-2 q sqrt(gap/spread)), so 5 to 15 products are enough where the last wanted value stands clear of the rest. `missed` is this
-    probability for t = last wanted value + tol |value| (the sum of both ends for LM and BE). A Ritz value beyond t is a pair that had
-    been missed: the search goes on with it, and what is found then is certified anew.
+    which is improbable: Prob[|u.z| <= c] = I_{c^2}(1/2, (n - 1)/2), the regularised incomplete beta function, in n dimensions. c falls
+    like exp(-2 q sqrt(gap/spread)) at least: 4 to 10 products do where the last wanted value stands clear of the rest. `missed` is
+    this probability for t = last wanted value + its tolerance (the sum over both ends for LM and BE), up to the residuals. A Ritz
+    value beyond t is a pair that had been missed: the search goes on with it, and its outcome is certified anew.
 
     Args:
         operator: A, symmetric (d, d).
         k: how many; of each end for "BE". At most d.
         which: "LA" largest, "SA" smallest, "LM" largest modulus, "BE" both ends.
-        tol: of residual/|value|; below 10 eps max |Ritz value| a residual is rounding and counts as converged.
+        tol: of residual/|value|; a residual of 10 eps max |Ritz value| is rounding and counts as converged.
         max_matvecs: bound on products, by default max(300, 10 k); at least k are taken, and up to k more for the last residuals.
-        block_size: directions multiplied at once (A @ block): for operators that are cheaper per column so, and repeated eigenvalues.
-        max_basis: vectors of length d kept, by default max(2 k + 20 block_size, 40) + j, but no more than half of the memory holds.
+        block_size: directions multiplied at once (A @ block), for operators that are cheaper per column that way.
+        max_basis: vectors of length d kept, by default max(2 k + 20 block_size, 40) + j, in at most half of the host's memory.
         start: (d,) or (d, j) first directions, e.g. eigenvectors of another checkpoint; random from `seed` otherwise.
         seed: of the random directions.
-        miss_probability: certify until `missed` is below, at most as many products as the search took (and 10); 1 turns it off.
+        miss_probability: certify until `missed` is at most this, for at most max(10, products so far) more; 1 turns it off.
         storage: device of the basis: by default the operator's, or the host where that would fill half of its free memory.
 
     Returns:
@@ -114,68 +114,58 @@ def top_eigenpairs(
     Cost: num_matvecs products, and about 8 max_basis d flops each for orthogonalisation. Memory: max_basis + 3 k vectors.
 
     Sources: Wu & Simon (2000), SIAM J. Matrix Anal. Appl. 22, 602, thick restarts; Parlett, The Symmetric Eigenvalue Problem (1998),
-    ch. 13; van Dorsselaer, Hochstenbach & van der Vorst (2001), SIAM J. Matrix Anal. Appl. 22, 837, the bound by Lanczos polynomials;
-    Kuczynski & Wozniakowski (1992), SIAM J. Matrix Anal. Appl. 13, 1094, that q products from a random start suffice, whatever A.
+    ch. 13; van Dorsselaer, Hochstenbach & van der Vorst (2001), SIAM J. Matrix Anal. Appl. 22, 837, bounds by Lanczos polynomials;
+    Kuczynski & Wozniakowski (1992), SIAM J. Matrix Anal. Appl. 13, 1094: 1.648 sqrt(n) exp(-(2 q - 1) sqrt(gap/spread)), for any A.
 
     >>> from landscape.curvature.operators import DenseOperator
     >>> top_eigenpairs(DenseOperator(torch.diag(torch.tensor([3.0, 3.0, 2.0, 1.0]))), 3).values.round(4).tolist()
     [3.0, 3.0, 2.0]
     """
     d = operator.dimension
-    if k < 1 or block_size < 1 or which not in ("LA", "SA", "LM", "BE"):
-        raise ValueError(f"k={k} and block_size={block_size} must be positive, which={which!r} one of LA, SA, LM, BE")
+    if min(k, block_size) < 1 or which not in ("LA", "SA", "LM", "BE"):
+        raise ValueError(f"k={k} and block_size={block_size} must be positive, and which={which!r} LA, SA, LM or BE")
     count = min(2 * k if which == "BE" else k, d)
     first = _first_directions(start, d)
+    width = max(block_size, len(first))
+    capacity, device = _capacity(operator, count, width, block_size, max_basis, storage)
     budget = max(max(300, 10 * count) if max_matvecs is None else max_matvecs, count)
-    width = max(block_size, len(first)) + 1  # of the frontier
-    preferred = max(2 * count + 20 * block_size, 40) + len(first)
-    capacity, device = _capacity(operator, preferred, count + width + block_size, max_basis, storage)
     space = _Space(operator, capacity, device, seed)
     for row in first:
         space.append(row)
-    pending = space.size
+    for begin in range(0, min(space.size, budget), block_size):
+        space.expand(np.arange(begin, min(begin + block_size, width, budget)))
 
     strictness, missed = 1.0, 1.0
     while True:
         values, small, coupling = space.ritz()
         order = _preference(values, which)
-        wanted = order[:count]
+        wanted = order[:count] if which != "BE" else np.concatenate([order[:count:2], order[1:count:2]])
         accuracy = np.maximum(tol * np.abs(values[wanted]), space.rounding)
-        estimates = np.linalg.norm(coupling[:, wanted], axis=0)
-        complete = len(wanted) == count and pending == 0
-        accurate = complete and bool((estimates <= strictness * accuracy).all())
-        if not accurate and not space.exhausted and space.num_matvecs < budget:
-            if space.size + block_size > capacity < d:
-                keep = min(max(capacity // 2, count), capacity - len(space.frontier) - block_size)
+        unfinished = np.linalg.norm(coupling[:, wanted], axis=0) > strictness * accuracy
+        searching = (len(wanted) < count or bool(unfinished.any())) and not space.exhausted
+        if searching and space.num_matvecs < budget:
+            block = min(block_size, budget - space.num_matvecs)
+            if space.size + block > capacity < d:
+                keep = min(max(capacity // 2, count), capacity - len(space.frontier) - block)
                 space.restart(small[:, order[:keep]])
-                continue
-            block = min(block_size, budget - space.num_matvecs, pending or block_size)
-            open_pairs = coupling[:, wanted[estimates > strictness * accuracy]] if pending == 0 else None
-            space.expand(space.choose(block, open_pairs))
-            pending = max(0, pending - block)
+            else:
+                space.expand(space.choose(block, (coupling[:, wanted] / accuracy)[:, unfinished]))
             continue
 
-        wanted = _report_order(wanted, which)
-        accuracy = np.maximum(tol * np.abs(values[wanted]), space.rounding)
         vectors = space.combined(small[:, wanted])
         images = space.multiply(vectors)
-        rests = images - vectors * torch.from_numpy(values[wanted]).to(images)[:, None]
-        residuals = norms(rests).cpu().numpy()
-        worst = int(np.argmax(residuals / np.maximum(accuracy, np.finfo(np.float64).tiny)))
+        residuals = norms(images.sub_(vectors * torch.from_numpy(values[wanted]).to(images)[:, None])).cpu().numpy()
         if space.exhausted:
             missed = 0.0
         if space.exhausted or space.num_matvecs >= budget:
             break
-        if residuals[worst] > accuracy[worst] and strictness > 0.01:
+        if strictness > 0.1 and bool((residuals > accuracy).any()):
             strictness /= 4
-            if len(space.frontier) < width and space.size < capacity:
-                space.append_residual(rests[worst], small[:, wanted[worst]])
             continue
-        del images, rests
         if miss_probability >= 1:
             break
-        thresholds = _thresholds(values[wanted], np.maximum(accuracy, residuals), which)
         space.restart(small[:, wanted], keep_frontier=False)
+        thresholds = _thresholds(values[wanted], np.maximum(accuracy, residuals), which)
         limit = min(budget - space.num_matvecs, max(10, space.num_matvecs))
         bound = _certify(space, thresholds, which, limit, miss_probability)
         if bound is not None:
@@ -183,25 +173,22 @@ def top_eigenpairs(
             break
         strictness = 1.0
     return Eigenpairs(
-        values[wanted],
-        vectors.T,
-        residuals,
-        residuals <= accuracy,
-        space.num_matvecs,
-        seed,
-        missed,
-        operator.provenance,
+        values=values[wanted],
+        vectors=vectors.T,
+        residuals=residuals,
+        converged=residuals <= accuracy,
+        num_matvecs=space.num_matvecs,
+        seed=seed,
+        missed=missed,
+        provenance=operator.provenance,
     )
 
 
 class _Space:
-    """Orthonormal rows V, those already multiplied by A ("expanded", E) and the frontier F of those not yet multiplied.
+    """Orthonormal rows V: those already multiplied by A ("expanded", E) and the frontier F of those not yet multiplied.
 
-    projected[:, E] holds V A V_E^T in float64, so that up to rounding
-
-        A V_E^T = V_E^T T + V_F^T C    with T = projected[E, E], C = projected[F, E],
-
-    and a Ritz pair T s = theta s has the residual |C s|.
+    projected[:, E] holds V A V_E^T in float64. Up to rounding, A V_E^T = V_E^T T + V_F^T C with T = projected[E, E] and
+    C = projected[F, E], so a Ritz pair T s = theta s has the residual |C s|.
     """
 
     def __init__(self, operator: SymmetricOperator, capacity: int, device: torch.device, seed: int) -> None:
@@ -227,11 +214,11 @@ class _Space:
     @property
     def exhausted(self) -> bool:
         """Whether all of R^d has been multiplied."""
-        return self.size == self.operator.dimension and bool(self.expanded[: self.size].all())
+        return len(self.inside) == self.operator.dimension
 
     @property
     def rounding(self) -> float:
-        """What a residual cannot be told from zero below."""
+        """A residual below cannot be told from zero."""
         return 10 * torch.finfo(self.rows.dtype).eps * self.scale
 
     def multiply(self, block: Tensor) -> Tensor:
@@ -243,51 +230,43 @@ class _Space:
             raise ValueError("a product of the operator is not finite; look for NaN or infinity in weights and data")
         return images
 
-    def append(self, vector: Tensor, negligible: float | None = None) -> tuple[np.ndarray, float]:
-        """Adds what of a vector (d,) is orthogonal to the rows as a frontier row, unless its length is negligible.
+    def append(self, vector: Tensor, negligible: float | None = None) -> np.ndarray:
+        """Adds what of a vector (d,) is orthogonal to the rows to the frontier, unless its length is negligible.
 
-        Returns: coefficients along the rows that were there, and the length of the new one (0 if there is none).
+        Returns: coefficients along all rows, the new one included.
         """
-        rows = self.rows[: self.size]
-        vector = vector.to(rows, copy=True)
+        vector, rows = vector.to(self.rows, copy=True), self.rows[: self.size]
+        coefficients = np.zeros(len(self.rows))
         length = float(norms(vector[None]))
         negligible = length * torch.finfo(rows.dtype).eps ** 0.5 if negligible is None else negligible
-        coefficients = np.zeros(self.size)
         for _ in range(4):  # twice is enough, but for what nearly vanishes
             before, along = length, inner(rows, vector[None])[:, 0]
             vector -= along.to(rows.dtype) @ rows
-            coefficients += along.cpu().numpy()
+            coefficients[: self.size] += along.cpu().numpy()
             length = float(norms(vector[None]))
             if length > 0.7 * before:
                 break
-        if length <= negligible or self.size == len(self.rows):
-            return coefficients, 0.0
-        self.rows[self.size] = vector / length
-        self.projected[self.size, :] = self.projected[:, self.size] = 0
-        self.expanded[self.size] = False
-        self.size += 1
-        return coefficients, length
+        if length > negligible and self.size < len(self.rows):
+            self.rows[self.size] = vector / length
+            self.projected[self.size] = self.projected[:, self.size] = 0
+            self.expanded[self.size] = False
+            coefficients[self.size] = length
+            self.size += 1
+        return coefficients
 
     def append_random(self) -> None:
         """Adds a frontier row uniform on the unit sphere of the rows' complement."""
         wide = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
         self.append(torch.randn(self.operator.dimension, generator=self.generator, dtype=wide), 0.0)
 
-    def append_residual(self, rest: Tensor, combination: np.ndarray) -> None:
-        """Adds the part of a Ritz pair's true residual that the frontier does not hold (it was lost to rounding, or left out)."""
-        inside, length = self.inside, float(norms(rest[None]))
-        _, left = self.append(rest, 0.1 * length)
-        if left > 0:
-            self.projected[self.size - 1, inside] = left * combination
-
-    def choose(self, count: int, open_pairs: np.ndarray | None) -> np.ndarray:
-        """Frontier rows to multiply: the first, after a rotation that leads with the most of the open pairs' residuals (F, p)."""
+    def choose(self, count: int, rests: np.ndarray) -> np.ndarray:
+        """Up to count frontier rows to multiply, rotated so that they hold the most of residuals (F, p); random ones if there are none."""
         if len(self.frontier) == 0:
             for _ in range(count):
                 self.append_random()
         frontier = self.frontier
-        if open_pairs is not None and open_pairs.size and len(frontier) > count:
-            rotation = np.linalg.svd(open_pairs)[0].T
+        if rests.size and len(frontier) > count:
+            rotation = np.linalg.svd(rests)[0].T
             self._combine(frontier, rotation, frontier)
             self.projected[frontier] = rotation @ self.projected[frontier]
         return frontier[:count]
@@ -297,11 +276,7 @@ class _Space:
         images = self.multiply(self.rows[chosen])
         self.scale = max(self.scale, float(norms(images).max()))
         for column, image in zip(chosen, images, strict=True):
-            size = self.size
-            coefficients, length = self.append(image, self.rounding)
-            self.projected[:size, column] = coefficients
-            if length > 0:
-                self.projected[size, column] = length
+            self.projected[:, column] = self.append(image, self.rounding)
         self.expanded[chosen] = True
         inside = self.inside
         self.projected[np.ix_(chosen, inside)] = self.projected[np.ix_(inside, chosen)].T
@@ -309,16 +284,16 @@ class _Space:
         self.projected[np.ix_(chosen, chosen)] = (square + square.T) / 2
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values (rising), their combinations S (E, E) of expanded rows, and the coupling C S (F, E)."""
+        """Ritz values (rising), their combinations S (E, E) of expanded rows, and their coupling C S (F, E) to the frontier."""
         values, small = np.linalg.eigh(self.projected[np.ix_(self.inside, self.inside)])
         self.scale = max(self.scale, float(np.abs(values).max(initial=0.0)))
         return values, small, self.projected[np.ix_(self.frontier, self.inside)] @ small
 
     def combined(self, small: np.ndarray) -> Tensor:
         """Combinations (E, p) of the expanded rows, as rows (p, d) on the operator's device."""
-        weights = torch.zeros(small.shape[1], self.size, dtype=self.rows.dtype)
-        weights[:, self.inside] = torch.from_numpy(small.T).to(weights)
-        return (weights.to(self.rows) @ self.rows[: self.size]).to(self.operator.device)
+        weights = np.zeros((small.shape[1], self.size))
+        weights[:, self.inside] = small.T
+        return (torch.from_numpy(weights).to(self.rows) @ self.rows[: self.size]).to(self.operator.device)
 
     def restart(self, small: np.ndarray, *, keep_frontier: bool = True) -> None:
         """Replaces the expanded rows by orthonormal combinations (E, p) of them; the frontier stays, or goes."""
@@ -331,8 +306,7 @@ class _Space:
         coupling = self.projected[np.ix_(frontier, inside)] @ small
         self._combine(np.arange(self.size), weights, np.arange(size))
         self.projected[:] = 0
-        self.projected[:p, :p] = (kept + kept.T) / 2
-        self.projected[p:size, :p] = coupling
+        self.projected[:p, :p], self.projected[p:size, :p] = (kept + kept.T) / 2, coupling
         self.expanded[:] = np.arange(len(self.rows)) < p
         self.size = size
 
@@ -389,40 +363,24 @@ def _certify(
 
 
 def _thresholds(values: np.ndarray, margins: np.ndarray, which: Which) -> list[tuple[int, float]]:
-    """Sides and values beyond which another eigenvalue would be one of the wanted; values in report order."""
-    last, margin = float(values[-1]), float(margins[-1])
-    if which == "LA":
-        return [(1, last + margin)]
-    if which == "SA":
-        return [(-1, last - margin)]
+    """Sides (+1 above, -1 below) and what another eigenvalue would have to exceed on them to be one of the wanted."""
+    above, below = values + margins, values - margins
     if which == "LM":
-        return [(1, abs(last) + margin), (-1, -abs(last) - margin)]
-    inner_top = (len(values) - 1) // 2
-    return [
-        (1, float(values[inner_top] + margins[inner_top])),
-        (-1, float(values[-1 if len(values) > 1 else 0]) - margin),
-    ]
+        last = abs(float(values[-1])) + float(margins[-1])
+        return [(1, last), (-1, -last)]
+    ends = {"LA": [(1, above[-1])], "SA": [(-1, below[-1])], "BE": [(1, above[len(values) // 2 - 1]), (-1, below[-1])]}
+    return ends[which]
 
 
 def _preference(values: np.ndarray, which: Which) -> np.ndarray:
     """Indices into rising values, the most wanted first; for BE the ends take turns."""
     rising = np.arange(len(values))
-    if which == "SA":
-        return rising
-    if which == "LM":
-        return np.argsort(-np.abs(values), kind="stable")
-    if which == "LA":
-        return rising[::-1]
-    return np.stack([rising[::-1], rising], axis=1).ravel()[: len(values)]
-
-
-def _report_order(wanted: np.ndarray, which: Which) -> np.ndarray:
-    """Wanted indices as they are reported: as preferred; for BE one end after the other."""
-    return np.concatenate([wanted[::2], wanted[1::2]]) if which == "BE" else wanted
+    both = np.stack([rising[::-1], rising], axis=1).ravel()[: len(values)]
+    return {"LA": rising[::-1], "SA": rising, "LM": np.argsort(-np.abs(values), kind="stable"), "BE": both}[which]
 
 
 def _first_directions(start: Tensor | None, dimension: int) -> Tensor:
-    """Rows (j, d) of a warm start; j = 0 without one."""
+    """Rows (j, d) of a warm start; none without one."""
     if start is None:
         return torch.empty(0, dimension)
     if start.ndim not in (1, 2) or start.shape[0] != dimension:
@@ -433,13 +391,18 @@ def _first_directions(start: Tensor | None, dimension: int) -> Tensor:
 
 
 def _capacity(
-    operator: SymmetricOperator, preferred: int, least: int, given: int | None, storage: torch.device | str | None
+    operator: SymmetricOperator,
+    count: int,
+    width: int,
+    block: int,
+    given: int | None,
+    storage: torch.device | str | None,
 ) -> tuple[int, torch.device]:
-    """How many rows are kept, and on which device."""
-    d = operator.dimension
+    """How many rows are kept, and on which device; a restart needs count + width + block."""
+    d, least = operator.dimension, count + width + block
     if given is not None and given < min(least, d):
         raise ValueError(f"max_basis={given} is too small for this k, block_size and start: take {least} or more")
-    rows = min(preferred if given is None else given, d)
+    rows = min(max(2 * count + 20 * block, 40) + width - block if given is None else given, d)
     row_bytes = d * torch.finfo(operator.dtype).bits // 8
     device = operator.device if storage is None else torch.device(storage)
     if storage is None and device.type == "cuda" and rows * row_bytes > torch.cuda.mem_get_info(device)[0] // 2:

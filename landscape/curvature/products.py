@@ -40,7 +40,7 @@ class ObjectiveOperator(SymmetricOperator):
         self.memory_budget = free_memory(self.device) // 2 if memory_budget is None else memory_budget
         self.kept_bytes = 0
         self._kept: dict[int, Linearised] = {}
-        self._complete = False
+        self._complete, self._batched = False, True
         self._bytes_per_example: float | None = None
 
     @property
@@ -65,11 +65,11 @@ class ObjectiveOperator(SymmetricOperator):
         norm = 0.0
         if self._complete:
             for linear in self._kept.values():
-                total += linear(rows, at_once=self._at_once(linear))
+                total += self._multiply(linear, rows)
         else:
             for index, inputs, targets in self.objective.batches():
                 linear = self._kept.get(index) or self._linearise(index, inputs, targets)
-                total += linear(rows, at_once=self._at_once(linear))
+                total += self._multiply(linear, rows)
                 norm += float(linear.norm)
                 count = index + 1
             self.objective.settle_norm(norm)
@@ -86,6 +86,17 @@ class ObjectiveOperator(SymmetricOperator):
             self._kept[index] = linear
             self.kept_bytes += size
         return linear
+
+    def _multiply(self, linear: Linearised, rows: Tensor) -> Tensor:
+        at_once = self._at_once(linear)
+        if at_once > 1 and len(rows) > 1 and self._batched:
+            try:
+                return linear(rows, at_once=at_once)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError):  # an operation without a batching rule; a real mistake raises below too
+                self._batched = False
+        return linear(rows)
 
     def _at_once(self, linear: Linearised) -> int:
         assert self._bytes_per_example is not None

@@ -33,6 +33,9 @@ Method = Literal["hutchinson", "xtrace"]
 FIRST_CHECK = 10
 """Probes before a target may stop an estimate: fewer agree by chance too often."""
 
+JACKKNIFED = 50
+"""Probes left out in turn for the standard error of XTrace, a matter of time alone: as many small decompositions."""
+
 BLOCK_ENTRIES = 1 << 26
 """Entries of the blocks multiplied at once, by default: 256 MiB of float32."""
 
@@ -366,15 +369,14 @@ class _Sampler(ABC):
 
     def estimate(self) -> Estimate:
         """The number, its standard error and the probes it rests on."""
-        mean = estimate(self.samples())
-        if not self.squared:
-            return mean
-        value = math.sqrt(max(mean.value, 0.0))
-        return Estimate(value, _over(mean.stderr, 2 * value), mean.count)
-
-    def samples(self) -> np.ndarray:
-        """One number a probe, exchangeable and each unbiased."""
         raise NotImplementedError
+
+    def _root(self, found: Estimate) -> Estimate:
+        """The estimate itself, or the root of an estimated square."""
+        if not self.squared:
+            return found
+        value = math.sqrt(max(found.value, 0.0))
+        return Estimate(value, _over(found.stderr, 2 * value), found.count)
 
 
 def _over(error: float, value: float) -> float:
@@ -395,8 +397,8 @@ class _Hutchinson(_Sampler):
     def add(self, rows: Tensor, images: Tensor) -> None:
         self._samples.append(_squares(images) if self.squared else _forms(rows, images))
 
-    def samples(self) -> np.ndarray:
-        return np.concatenate(self._samples)
+    def estimate(self) -> Estimate:
+        return self._root(estimate(np.concatenate(self._samples)))
 
 
 def _forms(rows: Tensor, images: Tensor) -> np.ndarray:
@@ -431,10 +433,10 @@ class _Diagonal(_Sampler):
 
 
 class _XTrace(_Sampler):
-    """The leave-one-out traces of XTrace, of A or of A^2.
+    """The products A W = Q R and what XTrace needs of them, for A or for A^2.
 
-    Columns of a QR decomposition A W = Q R are added one at a time and never changed, so that probes can be added until a target
-    is met. A product that adds nothing to the basis, as rank(A) or rounding has it, adds no column to Q.
+    Columns of Q are added one at a time and never changed, so that probes can be added until a target is met. A product that
+    adds nothing to the basis, because of the rank of A, adds no column to Q.
     """
 
     cost = 2
@@ -444,100 +446,133 @@ class _XTrace(_Sampler):
         self, operator: SymmetricOperator, purpose: str, seed: int, block: int, *, squared: bool = False
     ) -> None:
         super().__init__(operator, purpose, seed, block, squared=squared)
-        self._basis = torch.empty(0, operator.dimension, device=operator.device, dtype=operator.dtype)  # Q^T (k, d)
-        self._images = self._basis  # (A Q)^T (k, d), kept for A^2 alone
+        self._basis = torch.empty(0, operator.dimension, device=operator.device, dtype=operator.dtype)  # Q^T
+        self._images = self._basis  # (A Q)^T, kept for A^2 alone
+        self._rank = 0  # rows of these two in use
         self._inside = np.zeros((0, 0))  # Q^T A Q
-        self._columns: list[np.ndarray] = []  # of R, of rising length
+        self._columns: list[np.ndarray] = []  # of R, without their trailing zeros
         self._forms: list[float] = []  # w^T A w, or |A w|^2
         self._lengths: list[float] = []  # |w|^2
-        self._largest = 0.0
         self._overlaps = np.zeros((0, 0))  # Q^T W
+        self._largest = 0.0  # |A w|
 
     def extend(self, total: int) -> None:
+        self._basis = _with_room(self._basis, self._rank, total)
+        if self.squared:
+            self._images = _with_room(self._images, self._rank, total)
         super().extend(total)
-        overlaps = [
-            inner(self.probes(first, count), self._basis).cpu().numpy()
-            for first, count in _steps(0, self.num_probes, self.block)
-        ]
+        basis = self._basis[: self._rank]
+        overlaps = [inner(self.probes(*step), basis).cpu().numpy() for step in _steps(0, total, self.block)]
         self._overlaps = np.concatenate(overlaps).T
 
     def add(self, rows: Tensor, images: Tensor) -> None:
         self._forms.extend(_squares(images) if self.squared else _forms(rows, images))
         self._lengths.extend(_squares(rows))
-        old = len(self._basis)
+        old = self._rank
         for image in images:
             self._largest = max(self._largest, float(image.double().norm()))
-            rest, coefficients = orthogonalise(image, self._basis)
+            rest, coefficients = orthogonalise(image, self._basis[: self._rank])
             length = float(rest.double().norm())
             column = coefficients.cpu().numpy()
             if length > 10 * torch.finfo(rest.dtype).eps * self._largest:
-                self._basis = torch.cat([self._basis, (rest / length)[None]])
+                self._basis[self._rank] = rest / length
+                self._rank += 1
                 column = np.append(column, length)
             self._columns.append(column)
-        new = self._basis[old:]
-        if not len(new):
+        if self._rank == old:
             return
-        curved = torch.cat([self.multiply(new[a : a + n]) for a, n in _steps(0, len(new), self.block)])
-        inside = inner(curved, self._basis).cpu().numpy()  # (new, k)
-        grown = np.zeros((len(self._basis), len(self._basis)))
-        grown[:old, :old] = self._inside
-        grown[old:], grown[:, old:] = inside, inside.T
-        grown[old:, old:] = (inside[:, old:] + inside[:, old:].T) / 2
-        self._inside = grown
+        images = self.multiply(self._basis[old : self._rank])
+        inside = inner(images, self._basis[: self._rank]).cpu().numpy()
+        inside[:, old:] = (inside[:, old:] + inside[:, old:].T) / 2
+        self._inside = np.block([[self._inside, inside[:, :old].T], [inside[:, :old], inside[:, old:]]])
         if self.squared:
-            self._images = torch.cat([self._images, curved])
+            self._images[old : self._rank] = images
 
-    def samples(self) -> np.ndarray:
-        rank = len(self._basis)
-        triangle = np.stack([np.pad(c, (0, rank - len(c))) for c in self._columns], axis=1)
+    def estimate(self) -> Estimate:
+        sketch = self._sketch()
+        samples, count = sketch.leave_one_out(), self.num_probes
+        without = np.array([sketch.without(i).leave_one_out().mean() for i in range(min(count, JACKKNIFED))])
+        stderr = (count - 1) / math.sqrt(count) * float(without.std(ddof=1)) if count > 1 else math.nan
+        return self._root(Estimate(float(samples.mean()), stderr, count))
+
+    def _sketch(self) -> Sketch:
+        triangle = np.stack([np.pad(column, (0, self._rank - len(column))) for column in self._columns], axis=1)
+        gram, cross = self._inside, triangle
         if self.squared:
-            gram, cross = inner(self._images, self._images).cpu().numpy(), self._inside @ triangle
-        else:
-            gram, cross = self._inside, triangle
-        return leave_one_out(
-            gram,
-            cross,
-            triangle,
-            self._overlaps,
-            np.array(self._forms),
-            np.array(self._lengths),
-            self.operator.dimension,
-        )
+            images = self._images[: self._rank]
+            gram, cross = inner(images, images).cpu().numpy(), self._inside @ triangle
+        forms, lengths = np.array(self._forms), np.array(self._lengths)
+        return Sketch(gram, cross, triangle, self._overlaps, forms, lengths, self.operator.dimension)
 
 
-def leave_one_out(
-    gram: np.ndarray,
-    cross: np.ndarray,
-    triangle: np.ndarray,
-    overlaps: np.ndarray,
-    forms: np.ndarray,
-    lengths: np.ndarray,
-    dimension: int,
-) -> np.ndarray:
-    """XTrace's t_i for B, from small matrices alone.
+def _with_room(rows: Tensor, used: int, total: int) -> Tensor:
+    room = torch.empty(total, rows.shape[1], device=rows.device, dtype=rows.dtype)
+    room[:used] = rows[:used]
+    return room
 
-    Args:
+
+@dataclass(frozen=True)
+class Sketch:
+    """What XTrace needs to know of B (A or A^2) and m probes W, with Q an orthonormal basis of the k-dimensional range of A W.
+
+    Attributes:
         gram: (k, k) Q^T B Q.
         cross: (k, m) Q^T B W.
-        triangle: (k, m) R of the decomposition Y = Q R of the products whose span is left out one at a time.
+        range: (k, m) R = Q^T A W.
         overlaps: (k, m) Q^T W.
         forms: (m,) w_i^T B w_i.
         lengths: (m,) |w_i|^2.
         dimension: d.
-
-    Leaving column i out of R takes from its range the direction s_i orthogonal to all others; none where the others span the
-    range without it, which is where the leverage of column i is below 1.
     """
-    rank = len(triangle)
-    if not rank:
-        return forms * dimension / lengths
-    rows, factor = np.linalg.qr(triangle.T)
-    removed = solve_triangular(factor, rows.T)
-    removed /= np.linalg.norm(removed, axis=0)
-    alone = (rows**2).sum(1) > 1 - 1e-10
-    removed[:, ~alone] = 0
-    along = overlaps - removed * (removed * overlaps).sum(0)  # Q^T Q_i Q_i^T w_i
-    rest = forms - 2 * (along * cross).sum(0) + (along * (gram @ along)).sum(0)  # mu_i^T B mu_i
-    outside = dimension - rank + alone
-    scale = np.divide(outside, lengths - (along**2).sum(0), out=np.zeros(len(forms)), where=outside > 0)
-    return np.trace(gram) - (removed * (gram @ removed)).sum(0) + scale * rest
+
+    gram: np.ndarray
+    cross: np.ndarray
+    range: np.ndarray
+    overlaps: np.ndarray
+    forms: np.ndarray
+    lengths: np.ndarray
+    dimension: int
+
+    def leave_one_out(self) -> np.ndarray:
+        """The m traces t_i."""
+        rank = len(self.range)
+        if not rank:
+            return self.forms * self.dimension / self.lengths
+        lost = self._lost()
+        along = self.overlaps - lost * (lost * self.overlaps).sum(0)  # Q^T Q_i Q_i^T w_i
+        rest = self.forms - 2 * (along * self.cross).sum(0) + (along * (self.gram @ along)).sum(0)  # mu_i^T B mu_i
+        outside = self.dimension - rank + lost.any(0)
+        length = self.lengths - (along**2).sum(0)  # |mu_i|^2
+        scale = np.divide(outside, length, out=np.zeros(len(length)), where=outside > 0)
+        return np.trace(self.gram) - (lost * (self.gram @ lost)).sum(0) + scale * rest
+
+    def without(self, i: int) -> Sketch:
+        """The sketch that the other probes give."""
+        others = np.arange(len(self.forms)) != i
+        basis = _complement(self._lost()[:, i]) if len(self.range) else np.eye(0)
+        return Sketch(
+            basis.T @ self.gram @ basis,
+            basis.T @ self.cross[:, others],
+            basis.T @ self.range[:, others],
+            basis.T @ self.overlaps[:, others],
+            self.forms[others],
+            self.lengths[others],
+            self.dimension,
+        )
+
+    def _lost(self) -> np.ndarray:
+        """(k, m) unit vectors: the direction of the range that no product but i's has; 0 where the others span it all."""
+        leverages, factor = np.linalg.qr(self.range.T)
+        lost = solve_triangular(factor, leverages.T)
+        lost /= np.linalg.norm(lost, axis=0)
+        lost[:, (leverages**2).sum(1) < 1 - 1e-10] = 0
+        return lost
+
+
+def _complement(direction: np.ndarray) -> np.ndarray:
+    """Orthonormal columns orthogonal to a unit vector (k,), by a Householder reflection; all of the space for the zero vector."""
+    if not direction.any():
+        return np.eye(len(direction))
+    mirror = direction.copy()
+    mirror[0] += math.copysign(1.0, mirror[0])
+    return (np.eye(len(mirror)) - 2 * np.outer(mirror, mirror) / (mirror @ mirror))[:, 1:]

@@ -44,6 +44,36 @@ def paired(
     }
 
 
+def side_by_side(calls: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+    """Each call once a round, in turn; median milliseconds and, round by round, the median and quartiles of the ratio to the first call."""
+    names = list(calls)
+    for _ in range(warmup):
+        for name in names:
+            calls[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            times[name].append(seconds(calls[name])[0])
+    found = {}
+    for name in names:
+        ratios = [t / base for t, base in zip(times[name], times[names[0]], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        found[name] = {"ms": 1e3 * statistics.median(times[name]), "ratio": quartiles[1], "ratio_lower_quartile": quartiles[0],
+                       "ratio_upper_quartile": quartiles[2], "rounds": rounds}  # fmt: skip
+    return found
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Time of one call, and what it returned."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
 def store(name: str, content: dict[str, Any], device: str = "cpu") -> Path:
     """Write results/NAME.json with provenance."""
     RESULTS.mkdir(exist_ok=True)
