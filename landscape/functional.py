@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from landscape.autodiff import unwrap
@@ -259,7 +260,10 @@ class FunctionalModel:
         if self.batched and not (weight_axis == 0 and len(weights) == 1):
             dims = (weight_axis, dict.fromkeys(buffers, weight_axis), data_axis, None if targets is None else data_axis)
             try:
-                return torch.vmap(batched, in_dims=dims, randomness=self.randomness)(weights, buffers, inputs, targets)
+                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
+                    return torch.vmap(batched, in_dims=dims, randomness=self.randomness)(
+                        weights, buffers, inputs, targets
+                    )
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:

@@ -31,8 +31,9 @@ class Eigenpairs:
         converged: (k,) whether the residual is at most tol |value|, or at the level of rounding, 10 eps max |Ritz value|.
         num_matvecs: products taken, those for the residuals included.
         seed: of the random directions.
-        missed: bound on the probability that the wanted end holds another eigenvalue, beyond the last wanted value by more than its
-            tolerance; 1 where this was not looked into.
+        missed: were there another eigenvalue, beyond the last wanted value by more than its tolerance, a random direction would have
+            hidden it so well with at most this probability (as a p-value); 1 where this was not looked into. Where the last wanted
+            value is below sqrt(eps) max |Ritz value|, that is the tolerance.
         provenance: of the operator.
     """
 
@@ -62,9 +63,8 @@ class Eigenpairs:
         lines = ["   eigenvalue   residual"]
         for value, residual, converged in zip(self.values, self.residuals, self.converged, strict=True):
             lines.append(f"{value:13.6g} {residual:10.2g}{'' if converged else '  not converged'}")
-        return "\n".join(
-            [*lines, f"{self.num_matvecs} products; another one missed with probability <= {self.missed:.2g}"]
-        )
+        lines.append(f"{self.num_matvecs} products; another one was missed with probability <= {self.missed:.2g}")
+        return "\n".join(lines)
 
 
 def top_eigenpairs(
@@ -102,7 +102,7 @@ def top_eigenpairs(
         tol: of residual/|value|; a residual of 10 eps max |Ritz value| is rounding and counts as converged.
         max_matvecs: bound on products, by default max(300, 10 k); at least k are taken, and up to k more for the last residuals.
         block_size: directions multiplied at once (A @ block), for operators that are cheaper per column that way.
-        max_basis: vectors of length d kept, by default max(2 k + 20 block_size, 40) + j, in at most half of the host's memory.
+        max_basis: vectors of length d kept, by default max(2 k + 20 block_size, 40, k + 2 j), in at most half of the host's memory.
         start: (d,) or (d, j) first directions, e.g. eigenvectors of another checkpoint; random from `seed` otherwise.
         seed: of the random directions.
         miss_probability: certify until `missed` is at most this, for at most max(10, products so far) more; 1 turns it off.
@@ -126,16 +126,22 @@ def top_eigenpairs(
         raise ValueError(f"k={k} and block_size={block_size} must be positive, and which={which!r} LA, SA, LM or BE")
     count = min(2 * k if which == "BE" else k, d)
     first = _first_directions(start, d)
-    width = max(block_size, len(first))
-    capacity, device = _capacity(operator, count, width, block_size, max_basis, storage)
+    least = (
+        count + len(first) + max(2 * block_size, len(first))
+    )  # all of the start and its products, or a restart, fit in
+    if max_basis is not None and max_basis < min(least, d):
+        raise ValueError(f"max_basis={max_basis} is too small for this k, block_size and start: take {least} or more")
+    usual = max(2 * count + 20 * block_size, 40, least)
+    capacity, device = _place(operator, min(max_basis or usual, d), min(max_basis or least, d), storage)
     budget = max(max(300, 10 * count) if max_matvecs is None else max_matvecs, count)
     space = _Space(operator, capacity, device, seed)
     for row in first:
         space.append(row)
-    for begin in range(0, min(space.size, budget), block_size):
-        space.expand(np.arange(begin, min(begin + block_size, width, budget)))
+    given = np.arange(min(space.size, budget))
+    for begin in range(0, len(given), block_size):
+        space.expand(given[begin : begin + block_size])
 
-    strictness, missed = 1.0, 1.0
+    eps, strictness, missed = torch.finfo(operator.dtype).eps, 1.0, 1.0
     while True:
         values, small, coupling = space.ritz()
         order = _preference(values, which)
@@ -145,16 +151,16 @@ def top_eigenpairs(
         searching = (len(wanted) < count or bool(unfinished.any())) and not space.exhausted
         if searching and space.num_matvecs < budget:
             block = min(block_size, budget - space.num_matvecs)
-            if space.size + block > capacity < d:
-                keep = min(max(capacity // 2, count), capacity - len(space.frontier) - block)
-                space.restart(small[:, order[:keep]])
+            room = block if len(coupling) else 2 * block
+            if space.size + room > capacity < d:
+                space.restart(small[:, order[: min(max(capacity // 2, count), capacity - len(coupling) - room)]])
             else:
-                space.expand(space.choose(block, (coupling[:, wanted] / accuracy)[:, unfinished]))
+                space.expand(space.choose(block, coupling[:, wanted[unfinished]] / accuracy[unfinished]))
             continue
 
         vectors = space.combined(small[:, wanted])
-        images = space.multiply(vectors)
-        residuals = norms(images.sub_(vectors * torch.from_numpy(values[wanted]).to(images)[:, None])).cpu().numpy()
+        rests = space.multiply(vectors) - vectors * torch.from_numpy(values[wanted]).to(vectors)[:, None]
+        residuals = norms(rests).cpu().numpy()
         if space.exhausted:
             missed = 0.0
         if space.exhausted or space.num_matvecs >= budget:
@@ -165,7 +171,7 @@ def top_eigenpairs(
         if miss_probability >= 1:
             break
         space.restart(small[:, wanted], keep_frontier=False)
-        thresholds = _thresholds(values[wanted], np.maximum(accuracy, residuals), which)
+        thresholds = _thresholds(values[wanted], np.maximum(accuracy, residuals), which, space.scale * eps**0.5)
         limit = min(budget - space.num_matvecs, max(10, space.num_matvecs))
         bound = _certify(space, thresholds, which, limit, miss_probability)
         if bound is not None:
@@ -173,14 +179,14 @@ def top_eigenpairs(
             break
         strictness = 1.0
     return Eigenpairs(
-        values=values[wanted],
-        vectors=vectors.T,
-        residuals=residuals,
-        converged=residuals <= accuracy,
-        num_matvecs=space.num_matvecs,
-        seed=seed,
-        missed=missed,
-        provenance=operator.provenance,
+        values[wanted],
+        vectors.T,
+        residuals,
+        residuals <= accuracy,
+        space.num_matvecs,
+        seed,
+        missed,
+        operator.provenance,
     )
 
 
@@ -350,26 +356,28 @@ def _certify(
             return None
         if space.exhausted:
             return 0.0
-        ended = len(frontier) == 0  # at an invariant subspace, as far as rounding lets see
-        coupling = np.eye(1, len(run), len(run) - 1)[0] * space.rounding
-        coupling = coupling if ended else space.projected[frontier[0], run]
+        coupling = space.projected[frontier[0], run] if len(frontier) else space.rounding * (run == run[-1])
         gaps = np.array([t for _, t in thresholds]) - values[:, None]
         components = small @ ((small.T @ coupling)[:, None] / gaps)  # y_E for y_F = 1
         cosines = factors * np.abs(components[anchor]) / np.sqrt(1 + (components**2).sum(0))
         bound = float(min(1.0, betainc(0.5, (dimension - deflated - 1) / 2, np.minimum(cosines, 1) ** 2).sum()))
-        if ended or bound <= probability:
+        if (
+            len(frontier) == 0 or bound <= probability
+        ):  # no frontier: an invariant subspace, as far as rounding lets see
             break
     return bound
 
 
-def _thresholds(values: np.ndarray, margins: np.ndarray, which: Which) -> list[tuple[int, float]]:
+def _thresholds(values: np.ndarray, margins: np.ndarray, which: Which, zero: float) -> list[tuple[int, float]]:
     """Sides (+1 above, -1 below) and what another eigenvalue would have to exceed on them to be one of the wanted."""
-    above, below = values + margins, values - margins
-    if which == "LM":
-        last = abs(float(values[-1])) + float(margins[-1])
-        return [(1, last), (-1, -last)]
-    ends = {"LA": [(1, above[-1])], "SA": [(-1, below[-1])], "BE": [(1, above[len(values) // 2 - 1]), (-1, below[-1])]}
-    return ends[which]
+    margins = np.maximum(margins, np.where(np.abs(values) < zero, zero, np.finfo(np.float64).tiny))
+    above, below, modulus = values + margins, values - margins, np.abs(values) + margins
+    return {
+        "LA": [(1, above[-1])],
+        "SA": [(-1, below[-1])],
+        "LM": [(1, modulus[-1]), (-1, -modulus[-1])],
+        "BE": [(1, above[len(values) // 2 - 1]), (-1, below[-1])],
+    }[which]
 
 
 def _preference(values: np.ndarray, which: Which) -> np.ndarray:
@@ -390,24 +398,13 @@ def _first_directions(start: Tensor | None, dimension: int) -> Tensor:
     return start.detach().reshape(dimension, -1).T
 
 
-def _capacity(
-    operator: SymmetricOperator,
-    count: int,
-    width: int,
-    block: int,
-    given: int | None,
-    storage: torch.device | str | None,
-) -> tuple[int, torch.device]:
-    """How many rows are kept, and on which device; a restart needs count + width + block."""
-    d, least = operator.dimension, count + width + block
-    if given is not None and given < min(least, d):
-        raise ValueError(f"max_basis={given} is too small for this k, block_size and start: take {least} or more")
-    rows = min(max(2 * count + 20 * block, 40) + width - block if given is None else given, d)
-    row_bytes = d * torch.finfo(operator.dtype).bits // 8
+def _place(operator: SymmetricOperator, rows: int, least: int, storage: Any) -> tuple[int, torch.device]:
+    """How many rows to keep, and on which device."""
+    row_bytes = operator.dimension * torch.finfo(operator.dtype).bits // 8
     device = operator.device if storage is None else torch.device(storage)
     if storage is None and device.type == "cuda" and rows * row_bytes > torch.cuda.mem_get_info(device)[0] // 2:
         device = torch.device("cpu")
-    if given is None and device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         rows = min(rows, max(least, host_bytes // 2 // row_bytes))
     return rows, device

@@ -100,11 +100,11 @@ def _symmetric_eig() -> Iterator[None]:
         return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
     before = getattr(torch, "eig", None)
-    torch.eig = eig  # type: ignore[assignment]
+    torch.eig = eig  # type: ignore
     try:
         yield
     finally:
         if before is None:
-            del torch.eig  # type: ignore[attr-defined]
+            del torch.eig  # type: ignore
         else:
-            torch.eig = before  # type: ignore[method-assign]
+            torch.eig = before  # type: ignore

@@ -25,7 +25,7 @@ from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from landscape.curvature.operators import SymmetricOperator
-from landscape.curvature.vectors import Distribution, inner, orthogonalise, probes, products
+from landscape.curvature.vectors import Distribution, inner, multiply_rows, orthogonalise, probes
 from landscape.statistics import Estimate, estimate
 
 Method = Literal["hutchinson", "xtrace"]
@@ -33,8 +33,8 @@ Method = Literal["hutchinson", "xtrace"]
 FIRST_CHECK = 10
 """Probes before a target may stop an estimate: fewer agree by chance too often."""
 
-JACKKNIFED = 50
-"""Probes left out in turn for the standard error of XTrace, a matter of time alone: as many small decompositions."""
+PAIRED = 50
+"""Probes whose pairs give the covariance in the standard error of XTrace; a matter of time alone."""
 
 BLOCK_ENTRIES = 1 << 26
 """Entries of the blocks multiplied at once, by default: 256 MiB of float32."""
@@ -356,7 +356,7 @@ class _Sampler(ABC):
 
     def multiply(self, rows: Tensor) -> Tensor:
         self.num_matvecs += len(rows)
-        return products(self.operator.matmat, rows)
+        return multiply_rows(self.operator.matmat, rows)
 
     @abstractmethod
     def add(self, rows: Tensor, images: Tensor) -> None:
@@ -489,11 +489,7 @@ class _XTrace(_Sampler):
             self._images[old : self._rank] = images
 
     def estimate(self) -> Estimate:
-        sketch = self._sketch()
-        samples, count = sketch.leave_one_out(), self.num_probes
-        without = np.array([sketch.without(i).leave_one_out().mean() for i in range(min(count, JACKKNIFED))])
-        stderr = (count - 1) / math.sqrt(count) * float(without.std(ddof=1)) if count > 1 else math.nan
-        return self._root(Estimate(float(samples.mean()), stderr, count))
+        return self._root(self._sketch().estimate())
 
     def _sketch(self) -> Sketch:
         triangle = np.stack([np.pad(column, (0, self._rank - len(column))) for column in self._columns], axis=1)
@@ -545,6 +541,20 @@ class Sketch:
         length = self.lengths - (along**2).sum(0)  # |mu_i|^2
         scale = np.divide(outside, length, out=np.zeros(len(length)), where=outside > 0)
         return np.trace(self.gram) - (lost * (self.gram @ lost)).sum(0) + scale * rest
+
+    def estimate(self) -> Estimate:
+        """Mean of the t_i, and its standard error from what each of a pair of probes does to the other's trace."""
+        samples = self.leave_one_out()
+        mean = estimate(samples)
+        pairs = min(mean.count, PAIRED)
+        if pairs < 2:
+            return mean
+        changes = np.zeros((pairs, pairs))  # of t_i by probe j, at [j, i]
+        for j in range(pairs):
+            others = np.arange(pairs) != j
+            changes[j, others] = samples[:pairs][others] - self.without(j).leave_one_out()[: pairs - 1]
+        covariance = float((changes * changes.T).sum()) / (pairs * (pairs - 1))
+        return Estimate(mean.value, math.sqrt(mean.stderr**2 + max(covariance, 0.0)), mean.count)
 
     def without(self, i: int) -> Sketch:
         """The sketch that the other probes give."""

@@ -50,7 +50,7 @@ def probes(
     return rows
 
 
-def products(matmat: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+def multiply_rows(matmat: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """A applied to every row (m, d) at once, as rows; `matmat` multiplies columns (d, m).
 
     Raises:
