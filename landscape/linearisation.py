@@ -7,7 +7,8 @@ product; of a network whose first layer dominates: 1 and 1. Several directions g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -186,7 +187,7 @@ def _gradients(
     if not kept:
         return [None] * len(leaves)
     given = None if cotangents is None else [cotangents[i] for i in kept]
-    with _explained():
+    with _autograd(leaves[0].device):
         return list(
             torch.autograd.grad(
                 [roots[i] for i in kept], leaves, given, create_graph=create_graph, allow_unused=True, retain_graph=True
@@ -198,21 +199,24 @@ def _pull(
     roots: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: list[Tensor], like: Sequence[Tensor], batched: bool
 ) -> list[Tensor]:
     """The vector-Jacobian products of kept graphs; zeros, shaped as `like`, where a leaf is not reached."""
-    with _explained():
+    with _autograd(leaves[0].device):
         found = torch.autograd.grad(
             roots, leaves, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
         )
     return [torch.zeros_like(e) if f is None else f for f, e in zip(found, like, strict=True)]
 
 
-class _explained:
-    """Turns what autograd says of a missing second derivative into advice."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            advice = explain(error)
-            if advice is not None:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"second derivatives are not to be had: {advice} ({reason})") from error
+@contextlib.contextmanager
+def _autograd(device: torch.device) -> Iterator[None]:
+    """Within, autocast is off, and what autograd says of a missing second derivative becomes advice."""
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        advice = explain(error)
+        if advice is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"second derivatives are not to be had: {advice} ({reason})") from error

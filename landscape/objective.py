@@ -289,7 +289,9 @@ class Objective:
         parts = []
         for part in chunks(len(weights), max(1, self.chunk // indices.shape[1])):
             inputs, targets = self.data.batch(indices[part].to(self.device))
-            parts.append(self.model.minibatch_gradients(weights[part], self._held_buffers(part), inputs, targets)[1])
+            with self._frozen(0):
+                found = self.model.minibatch_gradients(weights[part], self._held_buffers(part), inputs, targets)
+            parts.append(found[1])
         return torch.cat(parts)
 
     def example_gradients(self, weights: Weights, *, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
@@ -300,7 +302,9 @@ class Objective:
         self._needs_independent_examples()
         flat = self.flat(weights)
         for inputs, targets in stream(self.data, chunk):
-            yield self.model.example_gradients(flat, self.buffers, inputs, targets)
+            with self._frozen(0):
+                found = self.model.example_gradients(flat, self.buffers, inputs, targets)
+            yield found
 
     # Curvature ---------------------------------------------------------------------------------------------------
 
@@ -376,11 +380,13 @@ class Objective:
     def _held_buffers(self, part: slice) -> Buffers:
         return {n: b.expand(part.stop - part.start, *b.shape) for n, b in self.buffers.items()}
 
-    def _frozen(self, index: int) -> contextlib.AbstractContextManager[None]:
-        """Within, dropout draws the masks of batch `index`."""
-        if self.dropout_seed is None:
-            return contextlib.nullcontext()
-        return streams.seeded("dropout", self.dropout_seed, index, device=self.device)
+    def _frozen(self, index: int) -> contextlib.ExitStack:
+        """Within, dropout draws the masks of batch `index`, and autocast is off: a Hessian has one type."""
+        held = contextlib.ExitStack()
+        held.enter_context(torch.autocast(self.device.type, enabled=False))
+        if self.dropout_seed is not None:
+            held.enter_context(streams.seeded("dropout", self.dropout_seed, index, device=self.device))
+        return held
 
     def _needs_independent_examples(self) -> None:
         if self.has_fixed_batches:

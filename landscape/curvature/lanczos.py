@@ -286,8 +286,6 @@ class _Space:
         self.expanded[chosen] = True
         inside = self.inside
         self.projected[np.ix_(chosen, inside)] = self.projected[np.ix_(inside, chosen)].T
-        square = self.projected[np.ix_(chosen, chosen)]
-        self.projected[np.ix_(chosen, chosen)] = (square + square.T) / 2
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values (rising), their combinations S (E, E) of expanded rows, and their coupling C S (F, E) to the frontier."""

@@ -31,7 +31,7 @@ def with_spectrum(values: list[float] | np.ndarray, seed: int = 0, dtype: torch.
     return ((matrix + matrix.T) / 2).to(dtype)
 
 
-BULK = np.linspace(-1, 1, 150)
+BULK = np.linspace(-1, 1, 100)
 SPIKES = np.concatenate([[100, 50, 25, 12, 6], BULK])
 SPECTRA = {
     "spikes over a bulk": SPIKES,
@@ -71,8 +71,7 @@ def check(found: Eigenpairs, matrix: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
-@pytest.mark.parametrize("block_size", [1, 3])
+@pytest.mark.parametrize(("which", "block_size"), [("LA", 1), ("SA", 1), ("LM", 1), ("LA", 3), ("BE", 3)])
 def test_extreme_eigenvalues_match_the_dense_spectrum(name: str, which: str, block_size: int) -> None:
     values = SPECTRA[name]
     matrix = with_spectrum(values)
@@ -106,7 +105,7 @@ def test_spikes_are_found_without_ghosts_at_any_scale(factor: float) -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 3])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_copy_of_a_repeated_eigenvalue_is_found(block_size: int, seed: int) -> None:
     operator = Diagonal(np.concatenate([[5, 5, 5, 3, 1], np.linspace(-0.5, 0.5, 400)]))
     for k in (1, 2, 3, 5):
@@ -123,20 +122,19 @@ def test_without_a_certificate_copies_are_missed() -> None:
     np.testing.assert_allclose(top_eigenpairs(operator, 2, tol=1e-4).values, [5, 5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("limit", [0.5, 0.2])
-@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize(("which", "limit"), [("LA", 0.5), ("SA", 0.2)])
 def test_no_more_is_missed_than_the_certificate_says(which: str, limit: float) -> None:
     values = np.concatenate([[2, 2, 1.98, -1.5], np.linspace(-1, 1, 200)])  # the search alone finds 2 and 1.98
-    bounds = np.ones(60)
-    missed = np.zeros(60, dtype=bool)
-    for seed in range(60):
+    bounds = np.ones(50)
+    missed = np.zeros(50, dtype=bool)
+    for seed in range(50):
         operator = Diagonal(values if which == "LA" else -values)
         found = top_eigenpairs(operator, 2, which, seed=seed, miss_probability=limit)  # type: ignore[arg-type]
         missed[seed], bounds[seed] = abs(found.values[1]) < 1.99, found.missed
     assert bounds.max() <= limit
     assert missed.any()  # a hard case: the bound is nearly attained
     for level in (limit, limit / 2, limit / 4):
-        assert (missed & (bounds <= level)).mean() <= level + 3 * math.sqrt(level * (1 - level) / 60)
+        assert (missed & (bounds <= level)).mean() <= level + 3 * math.sqrt(level * (1 - level) / 50)
 
 
 def test_the_certificate_goes_on_through_restarts() -> None:
@@ -199,10 +197,10 @@ def test_dependent_and_zero_columns_of_a_start_are_dropped() -> None:
 
 def test_what_cannot_be_multiplied_is_refused() -> None:
     operator = Diagonal(SPIKES)
-    with pytest.raises(ValueError, match=r"start has shape \(3,\).*\(155,\)"):
+    with pytest.raises(ValueError, match=r"start has shape \(3,\).*\(105,\)"):
         top_eigenpairs(operator, start=torch.ones(3))
     with pytest.raises(ValueError, match="start is not finite"):
-        top_eigenpairs(operator, start=torch.full((155,), math.nan, dtype=torch.float64))
+        top_eigenpairs(operator, start=torch.full((105,), math.nan, dtype=torch.float64))
     with pytest.raises(ValueError, match="product of the operator is not finite"):
         top_eigenpairs(Diagonal([1.0, math.inf, 2.0]))
     with pytest.raises(ValueError, match="must be positive"):
@@ -330,10 +328,10 @@ def test_the_seed_decides() -> None:
 
 
 def test_the_global_random_state_and_the_start_are_left_alone() -> None:
-    state, start = torch.get_rng_state(), torch.ones(150, dtype=torch.float64)
+    state, start = torch.get_rng_state(), torch.ones(100, dtype=torch.float64)
     top_eigenpairs(Diagonal(BULK), 2, start=start)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(start, torch.ones(150, dtype=torch.float64))
+    assert torch.equal(start, torch.ones(100, dtype=torch.float64))
 
 
 def test_to_xarray_carries_the_errors_and_where_they_came_from() -> None:
