@@ -127,8 +127,8 @@ def top_eigenpairs(
     count = min(2 * k if which == "BE" else k, d)
     first = _first_directions(start, d)
     least = (
-        count + len(first) + max(2 * block_size, len(first))
-    )  # all of the start and its products, or a restart, fit in
+        count + len(first) + max(3, 2 * block_size, len(first))
+    )  # holds all of the start and its products, and a restart
     if max_basis is not None and max_basis < min(least, d):
         raise ValueError(f"max_basis={max_basis} is too small for this k, block_size and start: take {least} or more")
     usual = max(2 * count + 20 * block_size, 40, least)
@@ -252,7 +252,8 @@ class _Space:
             length = float(norms(vector[None]))
             if length > 0.7 * before:
                 break
-        if length > negligible and self.size < len(self.rows):
+        if length > negligible and self.size < self.operator.dimension:
+            assert self.size < len(self.rows)
             self.rows[self.size] = vector / length
             self.projected[self.size] = self.projected[:, self.size] = 0
             self.expanded[self.size] = False
@@ -273,7 +274,7 @@ class _Space:
         frontier = self.frontier
         if rests.size and len(frontier) > count:
             rotation = np.linalg.svd(rests)[0].T
-            self._combine(frontier, rotation, frontier)
+            self._combine(frontier, rotation, self.rows, frontier)
             self.projected[frontier] = rotation @ self.projected[frontier]
         return frontier[:count]
 
@@ -297,7 +298,9 @@ class _Space:
         """Combinations (E, p) of the expanded rows, as rows (p, d) on the operator's device."""
         weights = np.zeros((small.shape[1], self.size))
         weights[:, self.inside] = small.T
-        return (torch.from_numpy(weights).to(self.rows) @ self.rows[: self.size]).to(self.operator.device)
+        combined = torch.empty(len(weights), self.rows.shape[1], device=self.rows.device, dtype=self.rows.dtype)
+        self._combine(np.arange(self.size), weights, combined, np.arange(len(weights)))
+        return combined.to(self.operator.device)
 
     def restart(self, small: np.ndarray, *, keep_frontier: bool = True) -> None:
         """Replaces the expanded rows by orthonormal combinations (E, p) of them; the frontier stays, or goes."""
@@ -308,18 +311,18 @@ class _Space:
         weights[np.arange(p, size), frontier] = 1
         kept = small.T @ self.projected[np.ix_(inside, inside)] @ small
         coupling = self.projected[np.ix_(frontier, inside)] @ small
-        self._combine(np.arange(self.size), weights, np.arange(size))
+        self._combine(np.arange(self.size), weights, self.rows, np.arange(size))
         self.projected[:] = 0
         self.projected[:p, :p], self.projected[p:size, :p] = (kept + kept.T) / 2, coupling
         self.expanded[:] = np.arange(len(self.rows)) < p
         self.size = size
 
-    def _combine(self, source: np.ndarray, weights: np.ndarray, target: np.ndarray) -> None:
-        """rows[target] = weights @ rows[source], in place, some coordinates at a time."""
-        matrix = torch.from_numpy(weights).to(self.rows)
+    def _combine(self, source: np.ndarray, weights: np.ndarray, out: Tensor, target: np.ndarray) -> None:
+        """out[target] = weights @ rows[source] in float64, some coordinates at a time; out may be the rows themselves."""
+        matrix = torch.from_numpy(weights).to(self.rows.device)
         for begin in range(0, self.rows.shape[1], CHUNK):
-            part = self.rows[:, begin : begin + CHUNK]
-            part[target] = matrix @ part[source]
+            part = slice(begin, begin + CHUNK)
+            out[target, part] = (matrix @ self.rows[source, part].double()).to(out.dtype)
 
 
 def _certify(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,18 +28,18 @@ class ObjectiveOperator(SymmetricOperator):
     Attributes:
         objective: L.
         weights: w, (d,).
-        memory_budget: bytes of graphs kept.
+        memory_budget: bytes of graphs that may be kept; None for what there is room for when a batch is met (`room`).
         kept_bytes: bytes of graphs kept by now.
     """
 
     kind: str
 
     def __init__(self, objective: Objective, weights: Weights, *, memory_budget: int | None = None) -> None:
-        """Args: objective; weights (d,) or by name; memory_budget: bytes for kept graphs, by default half of the free memory, 0 for none."""
+        """Args: objective; weights (d,) or by name; memory_budget: bytes for kept graphs; None for what there is room for, 0 for none."""
         self.objective = objective
         self.weights = objective.flat(weights)
         self.dimension, self.device, self.dtype = objective.num_parameters, objective.device, objective.dtype
-        self.memory_budget = free_memory(self.device) // 2 if memory_budget is None else memory_budget
+        self.memory_budget = memory_budget
         self.kept_bytes = 0
         self._kept: dict[int, Linearised] = {}
         self._complete, self._batched = False, True
@@ -82,7 +84,8 @@ class ObjectiveOperator(SymmetricOperator):
             held = [self.weights, *self.objective.buffers.values(), *tensors_in((inputs, targets))]
             self._bytes_per_example = max(1.0, linear.num_bytes(without=held) / linear.num_examples)
         size = int(self._bytes_per_example * linear.num_examples)
-        if self.kept_bytes + size <= self.memory_budget:
+        left = room(self.device) if self.memory_budget is None else self.memory_budget - self.kept_bytes
+        if size <= left:
             self._kept[index] = linear
             self.kept_bytes += size
         return linear
@@ -104,13 +107,30 @@ class ObjectiveOperator(SymmetricOperator):
         return max(1, int(share / (self._bytes_per_example * linear.num_examples)))
 
 
+def room(device: torch.device) -> int:
+    """Bytes that kept graphs may still take on a device: what is free, less a quarter of all there is."""
+    free, total = _memory(device)
+    return free - total // 4
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes free on a device; on a host, what the kernel says is available."""
+    """Bytes free on a device; on a host, what the kernel calls available, within the limit of the control group if there is one."""
+    return _memory(device)[0]
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free and in all."""
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 4 << 30
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    if "MemAvailable" not in sizes:  # not Linux: assume that half of the memory is free
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return total // 2, total
+    free, total = sizes["MemAvailable"], sizes["MemTotal"]
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        total = min(total, limit)
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free, total

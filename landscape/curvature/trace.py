@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -114,8 +115,8 @@ class DiagonalEstimate:
 
 
 def _counts(result: TraceEstimate | DiagonalEstimate) -> dict[str, Any]:
-    names = ("num_matvecs", "num_probes", "seed")
-    return {**result.provenance, **{name: getattr(result, name) for name in names}}
+    plain = {key: value if isinstance(value, int | float) else str(value) for key, value in result.provenance.items()}
+    return {**plain, "num_matvecs": result.num_matvecs, "num_probes": result.num_probes, "seed": result.seed}
 
 
 def trace(
@@ -133,15 +134,26 @@ def trace(
     "hutchinson" averages $w^\top A w$ over Rademacher probes (Hutchinson 1990), one product each. The variance of a summand is
     $2 \sum_{i \neq j} A_{ij}^2$, so that the error falls like $1/\sqrt{m}$ whatever the spectrum.
 
-    "xtrace" (Epperly, Tropp & Webber 2024, SIAM J. Matrix Anal. Appl. 45) takes the trace on the range of A times the probes
+    "xtrace" (Epperly, Tropp & Webber 2024, SIAM J. Matrix Anal. Appl. 45, 1) takes the trace on the range of A times the probes
     exactly and estimates only the rest, each probe in turn left out of the range and used for the rest,
 
     $$t_i = \mathrm{tr}\, Q_i^\top A Q_i + \frac{d - \mathrm{rank}\, Q_i}{|\mu_i|^2}\, \mu_i^\top A \mu_i, \qquad
       \mu_i = (I - Q_i Q_i^\top) w_i, \qquad t = \frac{1}{m} \sum_i t_i$$
 
-    with $Q_i$ an orthonormal basis of $\{A w_j\}_{j \neq i}$ and Gaussian $w_i$. Two products a probe, and m vectors in memory.
-    Exact for rank below m and for multiples of the identity; far better than Hutchinson where few eigenvalues dominate, up to
+    with $Q_i$ an orthonormal basis of $\{A w_j\}_{j \neq i}$ and Gaussian $w_i$. Two products a probe; m vectors in memory. Exact,
+    up to rounding, for rank below m and for multiples of the identity; far better than Hutchinson where few eigenvalues dominate;
     1.4 times worse for the same number of products where none does.
+
+    The standard error. Hutchinson's is that of a mean of independent numbers; rms (value - trace)/stderr over 400 seeds, 20 probes,
+    ten spectra: 1.0 to 1.4, the latter where one eigenvalue dominates. XTrace's $t_i$ depend on each other, and
+    $s^2/m = \sum_i (t_i - t)^2/(m (m - 1))$ alone, the paper's, is too small where the spectrum decays: the true error is 1.0 times its
+    root for flat spectra, 1.2 to 1.4 times for powers and exponentials, 1.7 at worst. Given the other probes $t_i$ is unbiased, hence
+    $\mathrm{Cov}(t_i, t_j) = E[\delta_{ij} \delta_{ji}]$ with $\delta_{ij}$ the change of $t_i$ when $w_j$ is added to the others, and
+
+    $$\mathrm{stderr}^2 = \frac{s^2}{m} + \max\Big(0,\; \frac{1}{m (m - 1)} \sum_{i \neq j} \delta_{ij} \delta_{ji}\Big)$$
+
+    is unbiased but for the cut at 0. With it the true error is 0.9 to 1.1 times the stderr (rms, 200 seeds, 10 to 40 probes) on all
+    spectra but the fastest decaying, where it is less; single z-scores have rms 1.0 to 1.4 for 10 probes or more. It costs no products.
 
     Args:
         operator: A, (d, d).
@@ -292,7 +304,7 @@ def _extend(sampler: _Sampler, num_probes: int, relative_error: float | None, ma
     if not relative_error > 0:
         raise ValueError(f"relative_error must be positive, not {relative_error}")
     limit = max_matvecs // sampler.cost
-    if limit < 2:
+    if limit < 2 and max_matvecs < d:
         raise ValueError(f"max_matvecs = {max_matvecs} leaves no two probes, and a standard error needs two")
     total = max(num_probes, FIRST_CHECK)
     while True:
@@ -382,7 +394,7 @@ class _Sampler(ABC):
 def _over(error: float, value: float) -> float:
     if error == 0:
         return 0.0
-    return error / value if value else math.inf
+    return error / value if value else error * math.inf
 
 
 class _Hutchinson(_Sampler):
@@ -534,7 +546,7 @@ class Sketch:
         rank = len(self.range)
         if not rank:
             return self.forms * self.dimension / self.lengths
-        lost = self._lost()
+        lost = self._lost
         along = self.overlaps - lost * (lost * self.overlaps).sum(0)  # Q^T Q_i Q_i^T w_i
         rest = self.forms - 2 * (along * self.cross).sum(0) + (along * (self.gram @ along)).sum(0)  # mu_i^T B mu_i
         outside = self.dimension - rank + lost.any(0)
@@ -559,7 +571,7 @@ class Sketch:
     def without(self, i: int) -> Sketch:
         """The sketch that the other probes give."""
         others = np.arange(len(self.forms)) != i
-        basis = _complement(self._lost()[:, i]) if len(self.range) else np.eye(0)
+        basis = _complement(self._lost[:, i]) if len(self.range) else np.eye(0)
         return Sketch(
             basis.T @ self.gram @ basis,
             basis.T @ self.cross[:, others],
@@ -570,6 +582,7 @@ class Sketch:
             self.dimension,
         )
 
+    @cached_property
     def _lost(self) -> np.ndarray:
         """(k, m) unit vectors: the direction of the range that no product but i's has; 0 where the others span it all."""
         leverages, factor = np.linalg.qr(self.range.T)

