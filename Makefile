@@ -34,7 +34,9 @@ check: lint ## the quick part of the tests (under 3 minutes)
 test: lint ## lint, type check, import contract and all tests
 	$(BIN)/python -m pytest -n 2 -rs
 
-bench: $(VENV)/.installed-test ## speed, as ratios measured side by side; results under tests/benchmarks/results
+bench: $(VENV)/.installed-test ## speed and accuracy beside pyhessian and curvlinops; results under tests/benchmarks/results
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt einops einconv opt-einsum
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator
 	$(BIN)/python -m tests.benchmarks
 
 clean: ## remove the environment and caches, never a run

@@ -9,13 +9,17 @@ from landscape.checkpoints import Learners as Learners
 from landscape.checkpoints import Run as Run
 from landscape.checkpoints import open_run as open_run
 from landscape.checkpoints import read_checkpoint as read_checkpoint
+from landscape.curvature import diagonal as diagonal
 from landscape.curvature import fisher as fisher
+from landscape.curvature import frobenius_norm as frobenius_norm
 from landscape.curvature import ggn as ggn
 from landscape.curvature import gradient_covariance as gradient_covariance
 from landscape.curvature import hessian as hessian
 from landscape.curvature import preflight as preflight
 from landscape.curvature import second_moment as second_moment
+from landscape.curvature import spectral_density as spectral_density
 from landscape.curvature import top_eigenpairs as top_eigenpairs
+from landscape.curvature import trace as trace
 from landscape.data import TensorData as TensorData
 from landscape.experiments.checkpoint import MeasureConfig as MeasureConfig
 from landscape.experiments.measure import measure as measure

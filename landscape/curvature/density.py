@@ -24,7 +24,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from landscape.curvature.lanczos import Eigenpairs
-from landscape.curvature.operators import SymmetricOperator
+from landscape.curvature.operators import Backend, SymmetricOperator
 from landscape.curvature.products import free_memory
 from landscape.curvature.vectors import multiply_rows, norms, orthogonalise, probes
 from landscape.statistics import Estimate, estimate
@@ -167,6 +167,7 @@ def spectral_density(
     limits: tuple[float | int, float | int] | None = None,
     seed: int = 0,
     storage: torch.device | str | None = None,
+    backend: Backend = "landscape",
 ) -> SpectralDensity:
     r"""The density of eigenvalues, by stochastic Lanczos quadrature.
 
@@ -194,6 +195,7 @@ def spectral_density(
         limits: (low, high) of the grid; eigenvalues beyond are left out of the density, not of the rest. By default nothing is.
         seed: of the probes.
         storage: device of the Lanczos basis; the operator's by default.
+        backend: "pyhessian" takes nodes and weights from that package (Rademacher probes, no outliers taken out).
 
     Returns:
         `SpectralDensity`.
@@ -226,7 +228,14 @@ def spectral_density(
 
     nodes, weights = np.zeros((num_probes, steps)), np.zeros((num_probes, steps))
     num_matvecs = 0
-    for first in range(0, num_probes if steps else 0, group):
+    if backend == "pyhessian":
+        from landscape.curvature.pyhessian import quadrature
+
+        if len(outliers):
+            raise ValueError("pyhessian takes no outliers out; leave eigenpairs away")
+        nodes, weights = quadrature(operator, num_probes, steps, seed)
+        num_matvecs, group = num_probes * steps, num_probes
+    for first in range(0, num_probes if steps and backend == "landscape" else 0, group):
         starts = probes("spectral density", seed, first, min(group, num_probes - first), d, "gaussian")
         starts = torch.stack([orthogonalise(row.to(basis), basis)[0] for row in starts])
         starts = starts / norms(starts)[:, None].to(starts)

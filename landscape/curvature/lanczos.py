@@ -13,7 +13,7 @@ from scipy.special import betainc
 from torch import Tensor
 
 from landscape import streams
-from landscape.curvature.operators import SymmetricOperator
+from landscape.curvature.operators import Backend, SymmetricOperator
 from landscape.curvature.vectors import CHUNK, inner, norms
 
 Which = Literal["LA", "SA", "LM", "BE"]
@@ -80,6 +80,7 @@ def top_eigenpairs(
     seed: int = 0,
     miss_probability: float = 0.01,
     storage: torch.device | str | None = None,
+    backend: Backend = "landscape",
 ) -> Eigenpairs:
     r"""The k extreme eigenpairs, by Rayleigh-Ritz on a block Krylov space with full reorthogonalisation and thick restarts.
 
@@ -100,13 +101,16 @@ def top_eigenpairs(
         k: how many; of each end for "BE". At most d.
         which: "LA" largest, "SA" smallest, "LM" largest modulus, "BE" both ends.
         tol: of residual/|value|; a residual of 10 eps max |Ritz value| is rounding and counts as converged.
-        max_matvecs: bound on products, by default max(300, 10 k); at least k are taken, and up to k more for the last residuals.
+        max_matvecs: bound on products, by default max(300, 10 k); at least k are taken, and up to as many more
+            as there are pairs for the last residuals.
         block_size: directions multiplied at once (A @ block), for operators that are cheaper per column that way.
         max_basis: vectors of length d kept, by default max(2 k + 20 block_size, 40, k + 2 j), in at most half of the host's memory.
         start: (d,) or (d, j) first directions, e.g. eigenvectors of another checkpoint; random from `seed` otherwise.
         seed: of the random directions.
         miss_probability: certify until `missed` is at most this, for at most max(10, products so far) more; 1 turns it off.
         storage: device of the basis: by default the operator's, or the host where that would fill half of its free memory.
+        backend: "pyhessian" asks that package instead (LM, its own stopping rule; only k, tol, max_matvecs and seed are heeded), and
+            adds true residuals, which are what `converged` goes by.
 
     Returns:
         `Eigenpairs`; where `converged` is False, `max_matvecs` or the rounding of the operator was met first.
@@ -124,11 +128,12 @@ def top_eigenpairs(
     d = operator.dimension
     if min(k, block_size) < 1 or which not in ("LA", "SA", "LM", "BE"):
         raise ValueError(f"k={k} and block_size={block_size} must be positive, and which={which!r} LA, SA, LM or BE")
+    if backend == "pyhessian":
+        return _by_pyhessian(operator, min(k, d), which, tol, max_matvecs, seed)
     count = min(2 * k if which == "BE" else k, d)
     first = _first_directions(start, d)
-    least = (
-        count + len(first) + max(3, 2 * block_size, len(first))
-    )  # holds all of the start and its products, and a restart
+    # All of the start and its products must fit in, and so must what a restart keeps.
+    least = count + len(first) + max(3, 2 * block_size, len(first))
     if max_basis is not None and max_basis < min(least, d):
         raise ValueError(f"max_basis={max_basis} is too small for this k, block_size and start: take {least} or more")
     usual = max(2 * count + 20 * block_size, 40, least)
@@ -155,7 +160,7 @@ def top_eigenpairs(
             if space.size + room > capacity < d:
                 space.restart(small[:, order[: min(max(capacity // 2, count), capacity - len(coupling) - room)]])
             else:
-                space.expand(space.choose(block, coupling[:, wanted[unfinished]] / accuracy[unfinished]))
+                space.expand(space.choose(block, coupling[:, wanted[unfinished]]))
             continue
 
         vectors = space.combined(small[:, wanted])
@@ -188,6 +193,21 @@ def top_eigenpairs(
         missed,
         operator.provenance,
     )
+
+
+def _by_pyhessian(
+    operator: SymmetricOperator, k: int, which: Which, tol: float, max_matvecs: int | None, seed: int
+) -> Eigenpairs:
+    from landscape.curvature.pyhessian import power_iteration
+
+    if which != "LM":
+        raise ValueError('power iteration finds the largest moduli alone; ask backend="pyhessian" for which="LM"')
+    values, vectors, products = power_iteration(operator, k, tol, max_matvecs, seed)
+    gaps = (operator @ vectors - vectors * torch.from_numpy(values).to(vectors)).T
+    residuals = norms(gaps.contiguous()).cpu().numpy()
+    converged = residuals <= tol * np.abs(values)
+    provenance = {**operator.provenance, "backend": "pyhessian"}
+    return Eigenpairs(values, vectors, residuals, converged, products + k, seed, 1.0, provenance)
 
 
 class _Space:

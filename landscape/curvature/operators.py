@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from landscape.provenance import code_version
 
 Array = TypeVar("Array", Tensor, np.ndarray)
+
+Backend = Literal["landscape", "pyhessian"]
+"""Who answers: this package, or pyhessian (`landscape.curvature.pyhessian`), to check against."""
 
 
 class SymmetricOperator(ABC):

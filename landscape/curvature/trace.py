@@ -25,7 +25,7 @@ import xarray as xr
 from scipy.linalg import solve_triangular
 from torch import Tensor
 
-from landscape.curvature.operators import SymmetricOperator
+from landscape.curvature.operators import Backend, SymmetricOperator
 from landscape.curvature.vectors import Distribution, inner, multiply_rows, orthogonalise, probes
 from landscape.statistics import Estimate, estimate
 
@@ -128,6 +128,7 @@ def trace(
     max_matvecs: int = 1000,
     seed: int = 0,
     block: int | None = None,
+    backend: Backend = "landscape",
 ) -> TraceEstimate:
     r"""The trace $\mathrm{tr} A = \sum_i A_{ii}$.
 
@@ -163,6 +164,8 @@ def trace(
         max_matvecs: bound on the products that a target may cost.
         seed: of the probes.
         block: probes multiplied at once, a matter of memory alone; at most 10 by default, fewer for large d.
+        backend: "pyhessian" asks that package instead: Hutchinson with at most `num_probes` probes, stopped when its running mean moves
+            by less than `relative_error` (its 1e-3 by default); `converged` says whether the standard error met that.
 
     Returns:
         `TraceEstimate`. The exact trace with stderr 0, by d products with unit vectors, where probes would cost as many.
@@ -172,6 +175,8 @@ def trace(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
+    if backend == "pyhessian":
+        return _by_pyhessian(operator, num_probes, relative_error or 1e-3, seed)
     width = _width(operator, block)
     sampler: _Sampler = (
         _XTrace(operator, "trace", seed, width)
@@ -278,6 +283,17 @@ def _scalar(
         method="exact" if exactly else method,
         quantity="frobenius_norm" if sampler.squared else "trace",
         provenance=sampler.operator.provenance,
+    )
+
+
+def _by_pyhessian(operator: SymmetricOperator, num_probes: int, relative_error: float, seed: int) -> TraceEstimate:
+    from landscape.curvature.pyhessian import quadratic_forms
+
+    found = estimate(quadratic_forms(operator, num_probes, relative_error, seed))
+    met = found.stderr <= relative_error * abs(found.value)
+    provenance = {**operator.provenance, "backend": "pyhessian"}
+    return TraceEstimate(
+        found.value, found.stderr, met, found.count, found.count, seed, "hutchinson", "trace", provenance
     )
 
 

@@ -1,6 +1,7 @@
 """Run every benchmark."""
 
-from tests.benchmarks import bench_stacked_step
+from tests.benchmarks import bench_curvature, bench_stacked_step
 
 if __name__ == "__main__":
     bench_stacked_step.main()
+    bench_curvature.main([])

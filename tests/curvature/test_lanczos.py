@@ -165,8 +165,25 @@ def test_thick_restarts_give_what_a_large_basis_gives(which: str) -> None:
     assert small.num_matvecs > 14
     assert small.converged.all()
     np.testing.assert_allclose(small.values, large.values, rtol=1e-9)
-    with pytest.raises(ValueError, match=r"max_basis=4 is too small.*take 5"):
-        top_eigenpairs(DenseOperator(matrix), 3, max_basis=4)
+    with pytest.raises(ValueError, match=r"max_basis=5 is too small.*take 6"):
+        top_eigenpairs(DenseOperator(matrix), 3, max_basis=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_basis_finds_all_copies(dtype: torch.dtype) -> None:
+    operator = Diagonal(np.repeat([2.0, 1, 0, -1, -2], [4, 6, 5, 3, 5]), dtype)
+    for which, extreme in (("LA", [2, 2, 2, 2, 1]), ("SA", [-2, -2, -2, -2, -2])):
+        found = top_eigenpairs(operator, 5, which, max_basis=8, tol=1e-4, max_matvecs=600)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found.values, extreme, atol=1e-5)
+        assert found.converged.all()
+
+
+def test_a_wide_start_serves_every_wanted_pair() -> None:
+    operator = Diagonal(np.random.default_rng(0).exponential(size=29) ** 3)
+    start = torch.randn(29, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = top_eigenpairs(operator, 4, "BE", start=start, max_basis=15, tol=1e-4, max_matvecs=300)
+    np.testing.assert_allclose(found.values[:4], np.sort(operator.values.numpy())[::-1][:4], rtol=1e-8)
+    assert found.converged[:4].all()
 
 
 @pytest.mark.parametrize("block_size", [1, 2])

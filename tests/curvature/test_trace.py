@@ -103,13 +103,11 @@ def test_hutchinson_standard_errors_are_calibrated(estimator: Callable[..., Trac
 @pytest.mark.parametrize("name", ["indefinite", "power law", "exponential"])
 def test_xtrace_standard_errors_are_calibrated(name: str) -> None:
     operator, exact = with_spectrum(SPECTRA[name]), SPECTRA[name].sum()
-    found = [trace(operator, method="xtrace", num_probes=15, seed=seed) for seed in range(80)]
+    found = [trace(operator, method="xtrace", num_probes=12, seed=seed) for seed in range(60)]
     errors, stderrs = np.array([(f.value - exact, f.stderr) for f in found]).T
     assert 0.8 < np.sqrt((errors**2).mean() / (stderrs**2).mean()) < 1.25
-    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(80)
-    assert (
-        np.sqrt(((errors / stderrs) ** 2).mean()) < 1.4
-    )  # the mean of independent t_i would have had 1.0, 1.4 and 1.6
+    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(60)
+    assert np.sqrt(((errors / stderrs) ** 2).mean()) < 1.4
 
 
 def sketch(matrix: np.ndarray, tests: np.ndarray, rank: int) -> Sketch:
@@ -149,7 +147,7 @@ def test_xtrace_needs_fewer_products_where_few_eigenvalues_dominate(name: str) -
     operator, exact = with_spectrum(SPECTRA[name]), SPECTRA[name].sum()
     rms = {}
     for method, count in (("hutchinson", 40), ("xtrace", 20)):
-        found = [trace(operator, method=method, num_probes=count, seed=seed).value for seed in range(20)]
+        found = [trace(operator, method=method, num_probes=count, seed=seed).value for seed in range(15)]
         rms[method] = np.sqrt(np.mean((np.array(found) - exact) ** 2))
     assert rms["xtrace"] < rms["hutchinson"] / 2
 
@@ -201,10 +199,10 @@ def stalled_mean(matrix: Tensor, seed: int) -> float:
 
 def test_a_running_mean_that_stalls_does_not_stop_us() -> None:
     matrix = torch.eye(500, dtype=torch.float64)
-    matrix[:4, :4] += 50 * (1 - torch.eye(4))  # w^T A w is 300, 500 or 1100, with probability 6, 8 and 2 sixteenths
+    matrix[0, 1] = matrix[1, 0] = 100  # w^T A w is 300 or 700, with probability 1/2 each: two probes often agree
     stalled = np.array([stalled_mean(matrix, seed) for seed in range(40)])
-    assert (np.abs(stalled - 500) > 100).mean() > 0.1  # 20% off and more
-    found = [trace(DenseOperator(matrix), relative_error=0.05, seed=seed) for seed in range(40)]
+    assert (np.abs(stalled - 500) == 200).mean() > 0.3  # stopped after two equal probes, 40% off
+    found = [trace(DenseOperator(matrix), relative_error=0.05, seed=seed) for seed in range(25)]
     assert all(f.converged and f.stderr <= 0.05 * f.value for f in found)
     assert all(abs(f.value - 500) <= 4 * f.stderr for f in found)
     assert np.sqrt(np.mean([(f.value / 500 - 1) ** 2 for f in found])) < 1.25 * 0.05
@@ -216,9 +214,9 @@ def test_diagonal_has_a_standard_error_for_every_entry() -> None:
     operator = with_spectrum(SPECTRA["spiked"])
     exact = operator.matrix.diagonal()
     z = torch.stack(
-        [(f.value - exact) / f.stderr for f in (diagonal(operator, num_probes=40, seed=s) for s in range(20))]
+        [(f.value - exact) / f.stderr for f in (diagonal(operator, num_probes=40, seed=s) for s in range(12))]
     )
-    assert z.shape == (20, D)
+    assert z.shape == (12, D)
     assert 0.8 < float(z.square().mean().sqrt()) < 1.25
     assert float((z.abs() < 4).double().mean()) > 0.997
     found = diagonal(operator, relative_error=0.1, num_probes=10)
