@@ -170,7 +170,7 @@ class Checkpoint:
             return [float(self.eigenpairs.values[0])] * len(self.learners)
         s = self.settings
         return [
-            float(top_eigenpairs(h, 1, "LA", tol=1e-3, max_matvecs=s.max_matvecs, seed=s.seed).values[0])
+            float(top_eigenpairs(h, tol=1e-3, max_matvecs=s.max_matvecs, seed=s.seed, miss_probability=1.0).values[0])
             for h in self.learner_hessians
         ]
 

@@ -98,7 +98,8 @@ def _noise(at: Checkpoint) -> xr.Dataset:
 
 
 def _curvature(at: Checkpoint) -> xr.Dataset:
-    lowest = top_eigenpairs(at.hessian, 1, "SA", tol=0.02, max_matvecs=at.settings.max_matvecs, seed=at.settings.seed)
+    s = at.settings
+    lowest = top_eigenpairs(at.hessian, 1, "SA", tol=0.02, max_matvecs=s.max_matvecs, seed=s.seed, miss_probability=1.0)
     found = at.eigenpairs.to_xarray().drop_attrs()
     return found.assign(
         lambda_max=((), float(at.eigenpairs.values[0]), {"long_name": "largest eigenvalue of H(w_a)"}),

@@ -218,10 +218,17 @@ def _curvature_at(
         tol=tol,
         max_matvecs=max_matvecs,
         seed=seed,
+        miss_probability=1.0,
     )
     differences = GradientDifferenceOperator(objective, points, step)
     pairs = top_eigenpairs(
-        differences, which="BE", tol=tol, max_matvecs=max_matvecs, start=autodiff.vectors[:, 0], seed=seed
+        differences,
+        which="BE",
+        tol=tol,
+        max_matvecs=max_matvecs,
+        start=autodiff.vectors[:, 0],
+        seed=seed,
+        miss_probability=1.0,
     )
     top = pairs.vectors[:, 0]
 

@@ -128,10 +128,15 @@ def coupled_stability(
         growth_rate, converged, used = _arnoldi(hessians, mixing, rule, learning_rate, tol, max_matvecs, seed)
         return CoupledStability(math.nan, math.nan, growth_rate, converged, math.nan, used)
     whole = top_eigenpairs(
-        CoupledOperator(mixing, hessians, learning_rate), which="BE", tol=tol, max_matvecs=max_matvecs, seed=seed
-    )
+        CoupledOperator(mixing, hessians, learning_rate), which="BE", tol=tol, max_matvecs=max_matvecs, seed=seed,
+        miss_probability=1.0,
+    )  # fmt: skip
     inner = CoupledOperator(mixing, hessians, learning_rate, disagreement=True)
-    apart = top_eigenpairs(inner, which="BE", tol=tol, max_matvecs=max_matvecs, seed=seed) if n > 1 else None
+    apart = (
+        top_eigenpairs(inner, which="BE", tol=tol, max_matvecs=max_matvecs, seed=seed, miss_probability=1.0)
+        if n > 1
+        else None
+    )
     needed = max(learning_rate * v / (1 + float(mixing[j, j])) for j, v in enumerate(learner_lambda_max))
     return CoupledStability(
         smallest=float(whole.values[-1]),

@@ -198,16 +198,16 @@ def stalled_mean(matrix: Tensor, seed: int) -> float:
 
 
 def test_a_running_mean_that_stalls_does_not_stop_us() -> None:
-    matrix = torch.eye(500, dtype=torch.float64)
-    matrix[0, 1] = matrix[1, 0] = 100  # w^T A w is 300 or 700, with probability 1/2 each: two probes often agree
+    matrix = torch.eye(200, dtype=torch.float64)
+    matrix[0, 1] = matrix[1, 0] = 40  # w^T A w is 120 or 280, with probability 1/2 each: two probes often agree
     stalled = np.array([stalled_mean(matrix, seed) for seed in range(40)])
-    assert (np.abs(stalled - 500) == 200).mean() > 0.3  # stopped after two equal probes, 40% off
+    assert (np.abs(stalled - 200) == 80).mean() > 0.3  # stopped after two equal probes, 40% off
     found = [trace(DenseOperator(matrix), relative_error=0.05, seed=seed) for seed in range(25)]
     assert all(f.converged and f.stderr <= 0.05 * f.value for f in found)
-    assert all(abs(f.value - 500) <= 4 * f.stderr for f in found)
-    assert np.sqrt(np.mean([(f.value / 500 - 1) ** 2 for f in found])) < 1.25 * 0.05
+    assert all(abs(f.value - 200) <= 4 * f.stderr for f in found)
+    assert np.sqrt(np.mean([(f.value / 200 - 1) ** 2 for f in found])) < 1.25 * 0.05
     few = [trace(DenseOperator(matrix), num_probes=3, seed=seed) for seed in range(3)]
-    assert max(f.stderr for f in few) > 50  # and without a target the error is told
+    assert max(f.stderr for f in few) > 20  # and without a target the error is told
 
 
 def test_diagonal_has_a_standard_error_for_every_entry() -> None:
