@@ -103,10 +103,10 @@ def test_hutchinson_standard_errors_are_calibrated(estimator: Callable[..., Trac
 @pytest.mark.parametrize("name", ["indefinite", "power law", "exponential"])
 def test_xtrace_standard_errors_are_calibrated(name: str) -> None:
     operator, exact = with_spectrum(SPECTRA[name]), SPECTRA[name].sum()
-    found = [trace(operator, method="xtrace", num_probes=12, seed=seed) for seed in range(60)]
+    found = [trace(operator, method="xtrace", num_probes=12, seed=seed) for seed in range(50)]
     errors, stderrs = np.array([(f.value - exact, f.stderr) for f in found]).T
     assert 0.8 < np.sqrt((errors**2).mean() / (stderrs**2).mean()) < 1.25
-    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(60)
+    assert abs(errors.mean()) < 4 * errors.std() / math.sqrt(50)
     assert np.sqrt(((errors / stderrs) ** 2).mean()) < 1.4
 
 
@@ -186,23 +186,24 @@ def test_a_target_out_of_reach_is_admitted() -> None:
 
 
 def stalled_mean(matrix: Tensor, seed: int) -> float:
-    """PyHessian's trace: probes until the running mean moves by less than a thousandth of itself."""
+    """PyHessian's trace: at most 100 probes, until the running mean moves by less than a thousandth of itself."""
     forms: list[float] = []
     mean = 0.0
-    while True:
-        (probe,) = probes("stalled", seed, len(forms), 1, len(matrix)).double()
+    for i in range(100):
+        (probe,) = probes("stalled", seed, i, 1, len(matrix)).double()
         forms.append(float(probe @ matrix @ probe))
         if abs(np.mean(forms) - mean) / (abs(mean) + 1e-6) < 1e-3:
-            return float(np.mean(forms))
+            break
         mean = float(np.mean(forms))
+    return float(np.mean(forms))
 
 
 def test_a_running_mean_that_stalls_does_not_stop_us() -> None:
     matrix = torch.eye(200, dtype=torch.float64)
     matrix[0, 1] = matrix[1, 0] = 40  # w^T A w is 120 or 280, with probability 1/2 each: two probes often agree
-    stalled = np.array([stalled_mean(matrix, seed) for seed in range(40)])
+    stalled = np.array([stalled_mean(matrix, seed) for seed in range(30)])
     assert (np.abs(stalled - 200) == 80).mean() > 0.3  # stopped after two equal probes, 40% off
-    found = [trace(DenseOperator(matrix), relative_error=0.05, seed=seed) for seed in range(25)]
+    found = [trace(DenseOperator(matrix), relative_error=0.05, seed=seed) for seed in range(12)]
     assert all(f.converged and f.stderr <= 0.05 * f.value for f in found)
     assert all(abs(f.value - 200) <= 4 * f.stderr for f in found)
     assert np.sqrt(np.mean([(f.value / 200 - 1) ** 2 for f in found])) < 1.25 * 0.05

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from landscape.curvature.operators import HessianOperator
+from landscape.curvature.hessian import HessianOperator
 from landscape.noise.draws import draw_gradients
 from landscape.objective import Objective
 from landscape.theory.ledger import one_step_ledger
