@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from landscape.autodiff import explain, graph_bytes, twice_differentiable
 from landscape.functional import Buffers, FunctionalModel, ParameterLayout, clone_buffers
+from landscape.losses import scores
 
 OutputCurvature = Literal["hessian", "fisher"]
 """What stands between the Jacobians of a Gauss-Newton matrix: the loss's Hessian over the output, or the Fisher information there."""
@@ -92,8 +93,14 @@ def gauss_newton_map(
     leaves = _leaves(model, weights)
     with twice_differentiable(weights.device):
         output = model.forward(leaves, clone_buffers(buffers), inputs)
+        if not _differentiable(output):  # a structure of a kind torch does not know: the loss takes its scores
+            output = scores(output)
         flat, structure = tree_flatten(output)
         chosen = [i for i, z in enumerate(flat) if isinstance(z, Tensor) and z.requires_grad]
+        if not chosen:
+            raise ValueError(
+                f"the network's output, of type {type(output).__name__}, holds no tensor that depends on the weights"
+            )
         points = [flat[i].detach().requires_grad_() for i in chosen]
 
         def rebuilt(values: list[Tensor]) -> Any:
@@ -160,6 +167,10 @@ def second_moment_map(
 
     total = contributions.sum().detach()
     return Linearised(model.layout, multiply, total, norm, (*transposed, contributions), len(contributions))
+
+
+def _differentiable(output: Any) -> bool:
+    return any(isinstance(z, Tensor) and z.requires_grad for z in tree_flatten(output)[0])
 
 
 def _leaves(model: FunctionalModel, weights: Tensor) -> dict[str, Tensor]:

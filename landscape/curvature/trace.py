@@ -13,29 +13,22 @@ trace = 5050 (exact, 100 products)
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 import xarray as xr
-from scipy.linalg import solve_triangular
 from torch import Tensor
 
 from landscape.curvature.operators import Backend, SymmetricOperator
-from landscape.curvature.vectors import Distribution, inner, multiply_rows, orthogonalise, probes
+from landscape.curvature.samplers import DiagonalSampler, HutchinsonSampler, Sampler, squares_of, steps
+from landscape.curvature.xtrace import XTraceSampler
 from landscape.statistics import Estimate, estimate
 
 Method = Literal["hutchinson", "xtrace"]
 
 FIRST_CHECK = 10
 """Probes before a target may stop an estimate: fewer agree by chance too often."""
-
-PAIRED = 50
-"""Probes whose pairs give the covariance in the standard error of XTrace; a matter of time alone."""
 
 BLOCK_ENTRIES = 1 << 26
 """Entries of the blocks multiplied at once, by default: 256 MiB of float32."""
@@ -243,7 +236,7 @@ def diagonal(
     >>> diagonal(DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))).value.tolist()
     [2.0, 3.0]
     """
-    sampler = _Diagonal(operator, "diagonal", seed, _width(operator, block))
+    sampler = DiagonalSampler(operator, "diagonal", seed, _width(operator, block))
     converged, exactly = _extend(sampler, num_probes, relative_error, max_matvecs)
     if exactly:
         value, _ = _exact(sampler)
@@ -255,7 +248,7 @@ def diagonal(
 
 
 def _scalar(
-    sampler: _Sampler, method: str, num_probes: int, relative_error: float | None, max_matvecs: int
+    sampler: Sampler, method: str, num_probes: int, relative_error: float | None, max_matvecs: int
 ) -> TraceEstimate:
     converged, exactly = _extend(sampler, num_probes, relative_error, max_matvecs)
     if exactly:
@@ -287,10 +280,10 @@ def _by_pyhessian(operator: SymmetricOperator, num_probes: int, relative_error: 
     )
 
 
-def _sampler(method: str) -> type[_Hutchinson] | type[_XTrace]:
+def _sampler(method: str) -> type[HutchinsonSampler] | type[XTraceSampler]:
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
-    return _XTrace if method == "xtrace" else _Hutchinson
+    return XTraceSampler if method == "xtrace" else HutchinsonSampler
 
 
 def _width(operator: SymmetricOperator, block: int | None) -> int:
@@ -299,7 +292,7 @@ def _width(operator: SymmetricOperator, block: int | None) -> int:
     return block or max(1, min(10, BLOCK_ENTRIES // operator.dimension))
 
 
-def _extend(sampler: _Sampler, num_probes: int, relative_error: float | None, max_matvecs: int) -> tuple[bool, bool]:
+def _extend(sampler: Sampler, num_probes: int, relative_error: float | None, max_matvecs: int) -> tuple[bool, bool]:
     """Add probes as asked, or until the target is met or the bound is: (whether met, whether to take all d products instead).
 
     The next check is where the error would meet the target if it fell like 1/sqrt(m), between 1.25 and 2 times the probes so
@@ -333,281 +326,14 @@ def _extend(sampler: _Sampler, num_probes: int, relative_error: float | None, ma
         total = max(math.ceil(1.25 * total), math.ceil(needed))
 
 
-def _exact(sampler: _Sampler) -> tuple[Tensor, float]:
+def _exact(sampler: Sampler) -> tuple[Tensor, float]:
     """The diagonal (d,) and the sum of all squared entries, by d products with unit vectors."""
     operator, d = sampler.operator, sampler.operator.dimension
     entries, squares = torch.zeros(d, dtype=torch.float64, device=operator.device), 0.0
-    for start, count in _steps(0, d, sampler.block):
+    for start, count in steps(0, d, sampler.block):
         rows = torch.zeros(count, d, device=operator.device, dtype=operator.dtype)
         rows[:, start : start + count].fill_diagonal_(1)
         images = sampler.multiply(rows)
         entries[start : start + count] = images[:, start : start + count].diagonal().double()
-        squares += float(_squares(images).sum())
+        squares += float(squares_of(images).sum())
     return entries, squares
-
-
-def _steps(first: int, last: int, width: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(width, last - start)) for start in range(first, last, width))
-
-
-def _squares(rows: Tensor) -> np.ndarray:
-    """Squared lengths of rows, float64."""
-    return torch.stack([inner(row[None], row[None])[0, 0] for row in rows]).cpu().numpy()
-
-
-class _Sampler(ABC):
-    """Probes so far of one operator, and what they say."""
-
-    cost = 1
-    distribution: Distribution = "rademacher"
-
-    def __init__(
-        self, operator: SymmetricOperator, purpose: str, seed: int, block: int, *, squared: bool = False
-    ) -> None:
-        self.operator, self.purpose, self.seed, self.block, self.squared = operator, purpose, seed, block, squared
-        self.num_probes = self.num_matvecs = 0
-
-    def extend(self, total: int) -> None:
-        """Add probes until there are `total`."""
-        for first, count in _steps(self.num_probes, total, self.block):
-            rows = self.probes(first, count)
-            self.add(rows, self.multiply(rows))
-        self.num_probes = total
-
-    def probes(self, first: int, count: int) -> Tensor:
-        rows = probes(self.purpose, self.seed, first, count, self.operator.dimension, self.distribution)
-        return rows.to(self.operator.device, self.operator.dtype)
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        self.num_matvecs += len(rows)
-        return multiply_rows(self.operator.matmat, rows)
-
-    @abstractmethod
-    def add(self, rows: Tensor, images: Tensor) -> None:
-        """Take in probes (count, d) and the products with them."""
-
-    def relative_error(self) -> float:
-        """Standard error over |value|; inf for a value of 0 that is not exact."""
-        found = self.estimate()
-        return _over(found.stderr, abs(found.value))
-
-    def estimate(self) -> Estimate:
-        """The number, its standard error and the probes it rests on."""
-        raise NotImplementedError
-
-    def _root(self, found: Estimate) -> Estimate:
-        """The estimate itself, or the root of an estimated square."""
-        if not self.squared:
-            return found
-        value = math.sqrt(max(found.value, 0.0))
-        return Estimate(value, _over(found.stderr, 2 * value), found.count)
-
-
-def _over(error: float, value: float) -> float:
-    if error == 0:
-        return 0.0
-    return error / value if value else error * math.inf
-
-
-class _Hutchinson(_Sampler):
-    """w^T A w, or w^T A^2 w, of Rademacher probes."""
-
-    def __init__(
-        self, operator: SymmetricOperator, purpose: str, seed: int, block: int, *, squared: bool = False
-    ) -> None:
-        super().__init__(operator, purpose, seed, block, squared=squared)
-        self._samples: list[np.ndarray] = []
-
-    def add(self, rows: Tensor, images: Tensor) -> None:
-        self._samples.append(_squares(images) if self.squared else _forms(rows, images))
-
-    def estimate(self) -> Estimate:
-        return self._root(estimate(np.concatenate(self._samples)))
-
-
-def _forms(rows: Tensor, images: Tensor) -> np.ndarray:
-    """Inner products of rows with rows, one by one, float64."""
-    pairs = zip(rows, images, strict=True)
-    return torch.stack([inner(row[None], image[None])[0, 0] for row, image in pairs]).cpu().numpy()
-
-
-class _Diagonal(_Sampler):
-    """Running mean and sum of squared deviations of w * A w, entry by entry (Welford 1962)."""
-
-    def __init__(self, operator: SymmetricOperator, purpose: str, seed: int, block: int) -> None:
-        super().__init__(operator, purpose, seed, block)
-        self.mean = torch.zeros(operator.dimension, dtype=torch.float64, device=operator.device)
-        self._squares = torch.zeros_like(self.mean)
-        self._count = 0
-
-    def add(self, rows: Tensor, images: Tensor) -> None:
-        for row, image in zip(rows, images, strict=True):
-            self._count += 1
-            sample = (row * image).double()
-            from_old = sample - self.mean
-            self.mean += from_old / self._count
-            self._squares += from_old * (sample - self.mean)
-
-    def stderr(self) -> Tensor:
-        degrees = self._count * (self._count - 1)
-        return (self._squares / degrees).sqrt() if degrees else torch.full_like(self.mean, math.nan)
-
-    def relative_error(self) -> float:
-        return _over(float(self.stderr().norm()), float(self.mean.norm()))
-
-
-class _XTrace(_Sampler):
-    """The products A W = Q R and what XTrace needs of them, for A or for A^2.
-
-    Columns of Q are added one at a time and never changed, so that probes can be added until a target is met. A product that
-    adds nothing to the basis, because of the rank of A, adds no column to Q.
-    """
-
-    cost = 2
-    distribution: Distribution = "gaussian"
-
-    def __init__(
-        self, operator: SymmetricOperator, purpose: str, seed: int, block: int, *, squared: bool = False
-    ) -> None:
-        super().__init__(operator, purpose, seed, block, squared=squared)
-        self._basis = torch.empty(0, operator.dimension, device=operator.device, dtype=operator.dtype)  # Q^T
-        self._images = self._basis  # (A Q)^T, kept for A^2 alone
-        self._rank = 0  # rows of these two in use
-        self._inside = np.zeros((0, 0))  # Q^T A Q
-        self._columns: list[np.ndarray] = []  # of R, without their trailing zeros
-        self._forms: list[float] = []  # w^T A w, or |A w|^2
-        self._lengths: list[float] = []  # |w|^2
-        self._overlaps = np.zeros((0, 0))  # Q^T W
-        self._largest = 0.0  # |A w|
-
-    def extend(self, total: int) -> None:
-        self._basis = _with_room(self._basis, self._rank, total)
-        if self.squared:
-            self._images = _with_room(self._images, self._rank, total)
-        super().extend(total)
-        basis = self._basis[: self._rank]
-        overlaps = [inner(self.probes(*step), basis).cpu().numpy() for step in _steps(0, total, self.block)]
-        self._overlaps = np.concatenate(overlaps).T
-
-    def add(self, rows: Tensor, images: Tensor) -> None:
-        self._forms.extend(_squares(images) if self.squared else _forms(rows, images))
-        self._lengths.extend(_squares(rows))
-        old = self._rank
-        for image in images:
-            self._largest = max(self._largest, float(image.double().norm()))
-            rest, coefficients = orthogonalise(image, self._basis[: self._rank])
-            length = float(rest.double().norm())
-            column = coefficients.cpu().numpy()
-            if length > 10 * torch.finfo(rest.dtype).eps * self._largest:
-                self._basis[self._rank] = rest / length
-                self._rank += 1
-                column = np.append(column, length)
-            self._columns.append(column)
-        if self._rank == old:
-            return
-        images = self.multiply(self._basis[old : self._rank])
-        inside = inner(images, self._basis[: self._rank]).cpu().numpy()
-        inside[:, old:] = (inside[:, old:] + inside[:, old:].T) / 2
-        self._inside = np.block([[self._inside, inside[:, :old].T], [inside[:, :old], inside[:, old:]]])
-        if self.squared:
-            self._images[old : self._rank] = images
-
-    def estimate(self) -> Estimate:
-        return self._root(self._sketch().estimate())
-
-    def _sketch(self) -> Sketch:
-        triangle = np.stack([np.pad(column, (0, self._rank - len(column))) for column in self._columns], axis=1)
-        gram, cross = self._inside, triangle
-        if self.squared:
-            images = self._images[: self._rank]
-            gram, cross = inner(images, images).cpu().numpy(), self._inside @ triangle
-        forms, lengths = np.array(self._forms), np.array(self._lengths)
-        return Sketch(gram, cross, triangle, self._overlaps, forms, lengths, self.operator.dimension)
-
-
-def _with_room(rows: Tensor, used: int, total: int) -> Tensor:
-    room = torch.empty(total, rows.shape[1], device=rows.device, dtype=rows.dtype)
-    room[:used] = rows[:used]
-    return room
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """What XTrace needs to know of B (A or A^2) and m probes W, with Q an orthonormal basis of the k-dimensional range of A W.
-
-    Attributes:
-        gram: (k, k) Q^T B Q.
-        cross: (k, m) Q^T B W.
-        span: (k, m) R = Q^T A W.
-        overlaps: (k, m) Q^T W.
-        forms: (m,) w_i^T B w_i.
-        lengths: (m,) |w_i|^2.
-        dimension: d.
-    """
-
-    gram: np.ndarray
-    cross: np.ndarray
-    span: np.ndarray
-    overlaps: np.ndarray
-    forms: np.ndarray
-    lengths: np.ndarray
-    dimension: int
-
-    def leave_one_out(self) -> np.ndarray:
-        """The m traces t_i."""
-        rank = len(self.span)
-        if not rank:
-            return self.forms * self.dimension / self.lengths
-        lost = self._lost
-        along = self.overlaps - lost * (lost * self.overlaps).sum(0)  # Q^T Q_i Q_i^T w_i
-        rest = self.forms - 2 * (along * self.cross).sum(0) + (along * (self.gram @ along)).sum(0)  # mu_i^T B mu_i
-        outside = self.dimension - rank + lost.any(0)
-        length = self.lengths - (along**2).sum(0)  # |mu_i|^2
-        scale = np.divide(outside, length, out=np.zeros(len(length)), where=outside > 0)
-        return np.trace(self.gram) - (lost * (self.gram @ lost)).sum(0) + scale * rest
-
-    def estimate(self) -> Estimate:
-        """Mean of the t_i, and its standard error from what each of a pair of probes does to the other's trace."""
-        samples = self.leave_one_out()
-        mean = estimate(samples)
-        pairs = min(mean.count, PAIRED)
-        if pairs < 2:
-            return mean
-        changes = np.zeros((pairs, pairs))  # of t_i by probe j, at [j, i]
-        for j in range(pairs):
-            others = np.arange(pairs) != j
-            changes[j, others] = samples[:pairs][others] - self.without(j).leave_one_out()[: pairs - 1]
-        covariance = float((changes * changes.T).sum()) / (pairs * (pairs - 1))
-        return Estimate(mean.value, math.sqrt(mean.stderr**2 + max(covariance, 0.0)), mean.count)
-
-    def without(self, i: int) -> Sketch:
-        """The sketch that the other probes give."""
-        others = np.arange(len(self.forms)) != i
-        basis = _complement(self._lost[:, i]) if len(self.span) else np.eye(0)
-        return Sketch(
-            basis.T @ self.gram @ basis,
-            basis.T @ self.cross[:, others],
-            basis.T @ self.span[:, others],
-            basis.T @ self.overlaps[:, others],
-            self.forms[others],
-            self.lengths[others],
-            self.dimension,
-        )
-
-    @cached_property
-    def _lost(self) -> np.ndarray:
-        """(k, m) unit vectors: the direction of the range that no product but i's has; 0 where the others span it all."""
-        leverages, factor = np.linalg.qr(self.span.T)
-        lost = solve_triangular(factor, leverages.T)
-        lost /= np.linalg.norm(lost, axis=0)
-        lost[:, (leverages**2).sum(1) < 1 - 1e-10] = 0
-        return lost
-
-
-def _complement(direction: np.ndarray) -> np.ndarray:
-    """Orthonormal columns orthogonal to a unit vector (k,), by a Householder reflection; all of the space for the zero vector."""
-    if not direction.any():
-        return np.eye(len(direction))
-    mirror = direction.copy()
-    mirror[0] += math.copysign(1.0, mirror[0])
-    return (np.eye(len(mirror)) - 2 * np.outer(mirror, mirror) / (mirror @ mirror))[:, 1:]

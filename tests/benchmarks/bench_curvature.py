@@ -12,8 +12,10 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,15 +81,15 @@ class Problem:
         return list(self.objective.model.layout.split(vector).values())
 
 
-def problem(name: str) -> Problem:
+def problem(name: str, *, train: bool = True) -> Problem:
     """One of the networks of the table."""
     torch.manual_seed(0)
     if name == "mlp":
         x, y = digits()
-        return Problem("784-50-50-10, 5,000 digits in 5 batches", mlp((784, 50, 50, 10), "relu"), batches(x, y, 1000), train_steps=100)  # fmt: skip
-    width, count, size = (64, 10_000, 500) if name == "resnet18" else (16, 512, 128)
+        return Problem("784-50-50-10, 5,000 digits in 5 batches", mlp((784, 50, 50, 10), "relu"), batches(x, y, 1000), train_steps=100 * train)  # fmt: skip
+    width, count, size = (64, 10_000, 500) if name == "resnet18" else (16, 256, 128)
     x, y, source = images(count)
-    return Problem(f"ResNet-18 of width {width}, {count} {source} images in batches of {size}", resnet18(width), batches(x, y, size), train_steps=30)  # fmt: skip
+    return Problem(f"ResNet-18 of width {width}, {count} {source} images in batches of {size}", resnet18(width), batches(x, y, size), train_steps=30 * train)  # fmt: skip
 
 
 def batches(x: Tensor, y: Tensor, size: int) -> Batches:
@@ -104,6 +106,19 @@ def quiet(call: Callable[[], Any]) -> Callable[[], Any]:
             return call()
 
     return run
+
+
+def keeping(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    """The same calls, each putting what it returned last into a dictionary."""
+    results: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[[], Any]:
+        def run() -> None:
+            results[name] = calls[name]()
+
+        return run
+
+    return results, {name: keep(name) for name in calls}
 
 
 def products(name: str) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def products(name: str) -> dict[str, Any]:
         "pyhessian": quiet(lambda: theirs.dataloader_hv_product(p.split(vector))),
         "curvlinops": lambda: other @ vector,
     }
-    found = side_by_side(calls, rounds=30 if name == "mlp" else 7)
+    found = side_by_side(calls, rounds=30 if name == "mlp" else 5, warmup=1)
     reference = kept @ vector
     flat = torch.cat([t.flatten() for t in quiet(lambda: theirs.dataloader_hv_product(p.split(vector)))()[1]])
     gap = float((reference - flat).norm() / reference.norm())
@@ -185,8 +200,8 @@ def eigenpairs(name: str) -> dict[str, Any]:
         return values[order], torch.from_numpy(vectors[:, order].copy()).to(DEVICE), count[0]
 
     calls = {"ours": ours, "ours, not certified": lambda: ours(miss_probability=1.0), "pyhessian": quiet(theirs), "curvlinops + eigsh": other}  # fmt: skip
-    rounds = 3 if name == "mlp" else 1
-    found = side_by_side(calls, rounds=rounds, warmup=0)
+    results, kept = keeping(calls)
+    found = side_by_side(kept, rounds=5 if name == "mlp" else 1, warmup=1 if name == "mlp" else 0)
     row: dict[str, Any] = {
         "problem": p.name,
         "num_parameters": p.size,
@@ -194,7 +209,7 @@ def eigenpairs(name: str) -> dict[str, Any]:
     }
     print(f"\ntop 5 eigenpairs, {p.name}")
     for call, timing in found.items():
-        values, vectors, count = calls[call]()
+        values, vectors, count = results[call]
         gaps = residuals(np.asarray(values, dtype=np.float64), vectors.to(torch.float32))
         row[call] = {
             **timing,
@@ -220,27 +235,32 @@ def small_network() -> tuple[Problem, np.ndarray]:
 
 
 def density(name: str) -> dict[str, Any]:
-    """10 probes of 50 Lanczos steps: time, and Wasserstein distance to the exact spectrum of a small network."""
+    """10 probes of 50 Lanczos steps: time, and Wasserstein distance to the exact spectrum of a small network, over 5 seeds."""
     from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
     p, exact = small_network() if name == "small" else (problem(name), None)
-    probes, steps = (10, 50) if name != "resnet-narrow" else (2, 20)
+    probes, steps = 10, 50
 
-    def ours() -> Any:
-        found = ls.spectral_density(p.ours(), num_probes=probes, num_steps=steps)
-        return found.nodes.ravel(), found.weights.ravel()
+    def ours(seed: int = 0, **options: Any) -> Any:
+        found = ls.spectral_density(p.ours(), num_probes=probes, num_steps=steps, seed=seed, **options)
+        atoms = np.concatenate([found.nodes.ravel(), found.outliers])
+        return atoms, np.concatenate([found.weights.ravel() / probes, np.full(len(found.outliers), 1 / p.size)])
 
-    def theirs() -> Any:
-        found = ls.spectral_density(p.ours(), num_probes=probes, num_steps=steps, backend="pyhessian")
-        return found.nodes.ravel(), found.weights.ravel()
+    def deflated(seed: int = 0) -> Any:
+        return ours(seed, eigenpairs=ls.top_eigenpairs(p.ours(), 10, "LM", miss_probability=1.0))
 
-    def other() -> Any:
-        torch.manual_seed(0)
+    def other(seed: int = 0) -> Any:
+        torch.manual_seed(seed)
         runs = [fast_lanczos(p.curvlinops(), steps) for _ in range(probes)]
-        return (np.concatenate([v.cpu().numpy() for v, _ in runs]), np.concatenate([(u[0] ** 2).cpu().numpy() for _, u in runs]))  # fmt: skip
+        return np.concatenate([v.cpu().numpy() for v, _ in runs]), np.concatenate([(u[0] ** 2).cpu().numpy() for _, u in runs])  # fmt: skip
 
-    calls = {"ours": ours, "pyhessian": theirs, "curvlinops": other}
-    found = side_by_side(calls, rounds=3 if name != "resnet-narrow" else 1, warmup=0)
+    calls = {
+        "ours": ours,
+        "ours, 10 outliers found and taken out": deflated,
+        "pyhessian": lambda seed=0: ours(seed, backend="pyhessian"),
+        "curvlinops": other,
+    }
+    found = side_by_side(calls, rounds=1, warmup=0)
     row: dict[str, Any] = {
         "problem": p.name,
         "num_parameters": p.size,
@@ -250,19 +270,13 @@ def density(name: str) -> dict[str, Any]:
     }
     print(f"\ndensity, {p.name}: {probes} probes of {steps} steps")
     for call, timing in found.items():
-        row[call] = dict(timing)
+        row[call], text = dict(timing), ""
         if exact is not None:
-            nodes, weights = calls[call]()
-            row[call]["wasserstein_distance"] = wasserstein_distance(nodes, exact, np.clip(weights, 0, None))
-        distance = row[call].get("wasserstein_distance", float("nan"))
-        print(f"  {call:12s}{timing['ms'] / 1e3:8.2f} s  x{timing['ratio']:5.2f}  W1 {distance:.2e}")
-    if exact is not None:
-        p64 = ls.Objective(p.model, LOSS, p.data, dtype=torch.float64)
-        operator = ls.hessian(p64, p.named)
-        pairs = ls.top_eigenpairs(operator, 10, which="LM", tol=1e-6)
-        deflated = ls.spectral_density(operator, num_probes=10, num_steps=50, eigenpairs=pairs)
-        row["ours, 10 outliers deflated"] = {"wasserstein_distance": deflated.wasserstein_distance(exact), "num_matvecs": deflated.num_matvecs + pairs.num_matvecs}  # fmt: skip
-        print(f"  ours with 10 outliers deflated: W1 {deflated.wasserstein_distance(exact):.2e}")
+            atoms = [calls[call](seed) for seed in range(5)]
+            distances = [wasserstein_distance(nodes, exact, np.clip(weights, 0, None)) for nodes, weights in atoms]
+            row[call]["wasserstein_distances"] = distances
+            text = f"W1 {np.mean(distances):.2e} (over 5 seeds, {min(distances):.1e} to {max(distances):.1e})"
+        print(f"  {call:40s}{timing['ms'] / 1e3:8.2f} s  x{timing['ratio']:5.2f}  {text}")
     return row
 
 
@@ -300,11 +314,16 @@ def estimates(name: str) -> dict[str, Any]:
 
 
 def _estimate(name: str) -> None:
-    p = problem(name)
+    p = problem(name, train=False)  # nothing else may have taken memory before
     vector = torch.randn(p.size, device=DEVICE)
-    p.gradient()
-    found = ls.preflight(p.objective, p.named)
-    before = _peak_mib()
+    before, highest, done = _resident_mib(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            highest[0] = max(highest[0], _resident_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     operator = p.ours()
 
     def thirty() -> None:
@@ -312,8 +331,17 @@ def _estimate(name: str) -> None:
             operator @ vector
 
     took, _ = seconds(thirty)
+    done.set()
+    watcher.join()
+    found = ls.preflight(p.objective, p.named)
     print(json.dumps({"problem": p.name, "foreseen_seconds": found.seconds(30), "seconds": took,
-                      "foreseen_mib": found.peak_bytes / 2**20, "mib": _peak_mib() - before}))  # fmt: skip
+                      "foreseen_mib": found.peak_bytes / 2**20, "mib": highest[0] - before}))  # fmt: skip
+
+
+def _resident_mib() -> float:
+    if DEVICE == "cuda":
+        return torch.cuda.memory_allocated() / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def _peak_mib() -> float:
@@ -331,10 +359,13 @@ def main(parts: list[str]) -> None:
     path = RESULTS / f"{name}.json"
     stored = {k: v for k, v in json.loads(path.read_text()).items() if k != "provenance"} if path.exists() else {}
     networks = ["mlp", "resnet-narrow"] + (["resnet18"] if DEVICE == "cuda" else [])
+    small = (
+        networks if DEVICE == "cuda" else ["mlp"]
+    )  # hundreds of products by each tool: too long for a residual network on a CPU
     runs: dict[str, Callable[[], Any]] = {
         "products": lambda: [products(n) for n in networks],
-        "eigenpairs": lambda: [eigenpairs(n) for n in networks],
-        "density": lambda: [density(n) for n in ("small", *networks)],
+        "eigenpairs": lambda: [eigenpairs(n) for n in small],
+        "density": lambda: [density(n) for n in ("small", *small)],
         "scaling": scaling,
         "preflight": lambda: [estimates(n) for n in networks],
     }

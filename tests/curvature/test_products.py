@@ -264,3 +264,23 @@ def test_the_first_derivative_that_diverges_is_named() -> None:
     case = CASES["mlp"]
     with pytest.raises(ValueError, match="these weights have diverged"):
         hessian(case.objective(), case.weights * float("nan")) @ case.weights
+
+
+def test_an_output_that_is_an_object_with_logits() -> None:
+    class Output:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(CASES["mlp"].model)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.inner(x))
+
+    case = CASES["mlp"]
+    objective = Objective(Net(), case.loss_fn, case.batches)
+    close(hessian(objective, case.weights).to_dense(), case.dense_hessian())
+    close(ggn(objective, case.weights).to_dense(), case.dense_gauss_newton())
+    close(fisher(objective, case.weights).to_dense(), case.dense_gauss_newton())

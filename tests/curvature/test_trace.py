@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from landscape.curvature.operators import DenseOperator, SymmetricOperator
-from landscape.curvature.trace import Sketch, TraceEstimate, diagonal, frobenius_norm, trace
+from landscape.curvature.trace import TraceEstimate, diagonal, frobenius_norm, trace
 from landscape.curvature.vectors import probes
+from landscape.curvature.xtrace import Sketch
 
 D = 150
 BULK = np.linspace(-1, 1, D - 5)
