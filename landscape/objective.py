@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from landscape import streams
 from landscape.autodiff import graph_bytes, unwrap
-from landscape.data.dataset import BatchList, Split, as_data, num_examples, stream, tensors_in
+from landscape.data.dataset import BatchList, MapData, Split, as_data, num_examples, stream, tensors_in
 from landscape.functional import Buffers, FunctionalModel, chunks, clone_buffers
 from landscape.linearisation import Linearised, OutputCurvature, gauss_newton_map, hessian_map, second_moment_map
 from landscape.losses import ExampleLoss, LossFunction, as_example_loss
@@ -136,9 +136,7 @@ class Objective:
             weights = self.model.initial_weights()[0].requires_grad_()
             with self._frozen(0):
                 contributions, _ = self.model.example_losses(weights, clone_buffers(self.buffers), inputs, targets)
-            kept = graph_bytes(
-                [contributions], without=[weights, *self.buffers.values(), *tensors_in((inputs, targets))]
-            )
+            kept = graph_bytes([contributions], without=[weights, *self.lasting(0, (inputs, targets))])
             self._bytes_per_example = 3 * kept / num_examples(targets)
         return self._bytes_per_example
 
@@ -345,6 +343,12 @@ class Objective:
         if isinstance(self.data, BatchList) and not self.has_fixed_batches:
             inputs, targets = tree_map(lambda t: t[:count] if isinstance(t, Tensor) else t, (inputs, targets))
         return inputs, targets
+
+    def lasting(self, index: int, batch: Any) -> list[Tensor]:
+        """Tensors in memory whether or not the graph of batch `index` is kept: buffers, and data unless read or copied for it."""
+        data = self.data
+        own = [] if isinstance(data, MapData) else data.batches[index] if isinstance(data, BatchList) else batch
+        return [*self.buffers.values(), *tensors_in(own)]
 
     # Many processes ----------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from landscape import streams
 from landscape.curvature.products import room
-from landscape.data.dataset import move, num_examples, tensors_in
+from landscape.data.dataset import move, num_examples
 from landscape.functional import clone_buffers
 from landscape.objective import Objective, Weights
 
@@ -202,7 +202,7 @@ def _priced(objective: Objective, weights: Tensor, notes: list[str], memory_budg
     built, linear = min((clock(lambda: objective.linearise(weights, index, inputs, targets, "hessian")) for _ in range(2)), key=lambda t: t[0])  # fmt: skip
     product = min(clock(lambda: linear(row))[0] for _ in range(2))
     gradient = min(clock(lambda: objective.model.summed_gradients(weights[None], buffers, inputs, targets, shared=True))[0] for _ in range(2))  # fmt: skip
-    size = linear.num_bytes(without=[weights, *objective.buffers.values(), *tensors_in((inputs, targets))])
+    size = linear.num_bytes(without=[weights, *objective.lasting(index, (inputs, targets))])
     budget = max(0, room(objective.device)) if memory_budget is None else memory_budget
     whole = int(size * share)
     kept = min(whole, budget // max(1, size) * size)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from landscape.curvature.operators import SymmetricOperator
-from landscape.data.dataset import tensors_in
 from landscape.linearisation import Linearised
 from landscape.objective import Objective, Weights
 
@@ -81,7 +80,7 @@ class ObjectiveOperator(SymmetricOperator):
     def _linearise(self, index: int, inputs: Any, targets: Any) -> Linearised:
         linear = self.objective.linearise(self.weights, index, inputs, targets, self.kind)
         if self._bytes_per_example is None:
-            held = [self.weights, *self.objective.buffers.values(), *tensors_in((inputs, targets))]
+            held = [self.weights, *self.objective.lasting(index, (inputs, targets))]
             self._bytes_per_example = max(1.0, linear.num_bytes(without=held) / linear.num_examples)
         size = int(self._bytes_per_example * linear.num_examples)
         left = room(self.device) if self.memory_budget is None else self.memory_budget - self.kept_bytes

@@ -69,8 +69,8 @@ class LastHidden(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(8, 3)
+        self.lstm = nn.LSTM(2, 2, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(x)[0][:, -1])
@@ -117,7 +117,7 @@ def cases() -> dict[str, Case]:
         weight = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
         ignored = torch.where(torch.arange(13) % 3 == 0, -100, y)
         pictures = torch.randn(13, 2, 6, 6).double()
-        steps, tokens = torch.randn(13, 5, 3).double(), torch.randint(7, (13, 6))
+        steps, tokens = torch.randn(13, 3, 2).double(), torch.randint(7, (13, 6))
         padding = torch.arange(6)[None] >= torch.randint(2, 7, (13, 1))
         labels = tokens.roll(1, dims=1).masked_fill(padding, -100)
         values = torch.randn(13, 2, 3).double()

@@ -284,3 +284,15 @@ def test_an_output_that_is_an_object_with_logits() -> None:
     close(hessian(objective, case.weights).to_dense(), case.dense_hessian())
     close(ggn(objective, case.weights).to_dense(), case.dense_gauss_newton())
     close(fisher(objective, case.weights).to_dense(), case.dense_gauss_newton())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu_as_on_the_cpu(name: str) -> None:
+    case = CASES[name]
+    operator = hessian(case.objective(device="cuda"), case.weights)
+    assert operator.device.type == "cuda"
+    close(operator.to_dense().cpu(), case.dense_hessian(), 1e-10)
+    single = hessian(case.objective(device="cuda", dtype=torch.float32), case.weights)
+    found, expected = single.to_dense().double().cpu(), case.dense_hessian()
+    assert float((found - expected).norm()) <= 1e-3 * float(expected.norm())  # TF32 may be on
