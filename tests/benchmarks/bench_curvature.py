@@ -227,7 +227,7 @@ def small_network() -> tuple[Problem, np.ndarray]:
     x, y = digits()
     x = torch.nn.functional.avg_pool2d(x.view(-1, 1, 28, 28), 4).flatten(1)  # 49 inputs
     p = Problem(
-        "49-16-10, 5,000 digits in 5 batches", mlp((49, 17, 8, 10), "tanh"), batches(x, y, 1000), train_steps=200
+        "49-17-8-10, 5,000 digits in 5 batches", mlp((49, 17, 8, 10), "tanh"), batches(x, y, 1000), train_steps=200
     )
     fine = ls.Objective(p.model, LOSS, p.data, dtype=torch.float64)
     dense = ls.hessian(fine, p.named).to_dense()
