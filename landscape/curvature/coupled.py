@@ -33,7 +33,7 @@ class CoupledOperator(SymmetricOperator):
 
     def matvec(self, vector: Tensor) -> Tensor:
         """A v, v = (v_1 ... v_n) concatenated; n Hessian-vector products."""
-        stacked = vector.view(len(self.hessians), -1)
+        stacked = vector.reshape(len(self.hessians), -1)
         if self.disagreement:
             stacked = stacked - stacked.mean(0)
         curved = torch.stack([h.matvec(v) for h, v in zip(self.hessians, stacked, strict=True)])

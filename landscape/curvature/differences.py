@@ -29,6 +29,8 @@ class GradientDifferenceOperator(SymmetricOperator):
     def samples(self, vector: Tensor) -> Tensor:
         """The summands of F v, one a point, (S, d)."""
         length = vector.norm()
+        if length == 0:
+            return torch.zeros_like(self.points)
         move = vector / length * self.step
         gradients = self.objective.stacked_gradients(torch.cat([self.points + move, self.points - move]))
         forward, backward = gradients.chunk(2)

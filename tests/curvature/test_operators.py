@@ -102,3 +102,9 @@ def test_coupled_operator_refuses_a_directed_matrix() -> None:
     hessians = [HessianOperator(objective, weights)] * 4
     with pytest.raises(ValueError, match="symmetric"):
         CoupledOperator(torch.from_numpy(topology("exponential", 4).matrices[0]), hessians, 0.1)
+
+
+def test_differences_along_no_direction_are_zero() -> None:
+    objective, weights, _ = problem()
+    operator = GradientDifferenceOperator(objective, weights[None], 0.01)
+    assert torch.equal(operator @ torch.zeros_like(weights), torch.zeros_like(weights))
