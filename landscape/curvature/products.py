@@ -73,6 +73,7 @@ class ObjectiveOperator(SymmetricOperator):
                 total += self._multiply(linear, rows)
                 norm += float(linear.norm)
                 count = index + 1
+                del linear  # before the next graph is built
             self.objective.settle_norm(norm)
             self._complete = len(self._kept) == count
         return self._finish(self.objective.sum_over_ranks(total), rows)
