@@ -1,4 +1,4 @@
-"""Many weight vectors of one network at once: the only place with vmap, and with its fallback.
+"""Many weight vectors of one network at once: the only place that batches over weights, with its fallback.
 
 A network is a pure function of a flat weight vector. Weight vectors are stacked along a leading axis,
 

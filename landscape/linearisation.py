@@ -93,7 +93,7 @@ def gauss_newton_map(
     leaves = _leaves(model, weights)
     with twice_differentiable(weights.device):
         output = model.forward(leaves, clone_buffers(buffers), inputs)
-        if not _differentiable(output):  # a structure of a kind torch does not know: the loss takes its scores
+        if curvature == "fisher" or not _differentiable(output):  # or a structure of a kind torch does not know
             output = scores(output)
         flat, structure = tree_flatten(output)
         chosen = [i for i, z in enumerate(flat) if isinstance(z, Tensor) and z.requires_grad]
@@ -125,10 +125,11 @@ def gauss_newton_map(
 
     def between(changes: list[Tensor], batched: bool) -> list[Tensor]:
         if curvature == "fisher":
-            assert model.loss.fisher is not None and len(changes) == 1  # noqa: PT018
-            fisher, output = model.loss.fisher, rebuilt([z.detach() for z in outputs])
-            apply = (lambda c: torch.vmap(lambda one: fisher(output, targets, one))(c)) if batched else (lambda c: fisher(output, targets, c))  # fmt: skip
-            return [apply(changes[0])]
+            assert model.loss.fisher is not None
+            (change,), found = changes, outputs[0].detach()
+            if not batched:
+                return [model.loss.fisher(found, targets, change)]
+            return [torch.stack([model.loss.fisher(found, targets, one) for one in change])]
         curved = [i for i, g in enumerate(slopes) if g is not None and g.requires_grad]
         if not curved:
             return [torch.zeros_like(c) for c in changes]

@@ -122,6 +122,13 @@ def test_fisher_is_the_gauss_newton_matrix_of_natural_parameters(loss_fn: Any, t
     close(fisher(objective, weights).to_dense(), ggn(objective, weights).to_dense())
 
 
+def test_fisher_of_masked_tokens_in_an_output_that_holds_more_than_scores() -> None:
+    case = CASES["transformer on dictionaries, masked tokens"]
+    operator = fisher(case.objective(), case.weights)
+    close(operator.to_dense(), case.dense_gauss_newton())  # columns batched
+    close(operator @ torch.ones(operator.dimension, dtype=torch.float64), case.dense_gauss_newton().sum(1))
+
+
 def test_fisher_by_its_definition_for_log_probabilities_and_masked_class_weights() -> None:
     """E over the network's own labels of the outer product of gradients; under NLL the Gauss-Newton matrix is zero, and this is not."""
     with torch.random.fork_rng():
