@@ -206,14 +206,16 @@ class Objective:
         held, seen = dict(module.named_buffers()), 0
         flat = self.flat(weights)
         model = self.model.of(module)
+        size = batch_size + (self.num_examples % batch_size == 1)  # a batch of one example has no variance
         with torch.no_grad():
-            for inputs, targets in stream(self.data, batch_size):
+            for index, (inputs, targets) in enumerate(stream(self.data, size)):
                 count = num_examples(targets)
                 seen += count
                 for part in model.module.modules():
                     if isinstance(part, _BATCH_NORMS):
                         part.momentum = count / seen
-                model.output(flat, held, inputs)
+                with self._frozen(index):
+                    model.output(flat, held, inputs)
         if self.group is not None:
             total = self.sum_over_ranks(torch.tensor(float(seen), dtype=torch.float64, device=self.device))
             for buffer in held.values():

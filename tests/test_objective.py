@@ -221,6 +221,22 @@ def test_recalibrated_statistics_are_those_of_the_data() -> None:
     assert whole.value(weights) != objective.value(weights)
 
 
+def test_recalibration_under_frozen_masks_and_with_one_example_left_over() -> None:
+    net, x, y = parts()
+    net = nn.Sequential(nn.Dropout(0.5), *net)  # before the BatchNorm
+    weights = {n: p.detach() for n, p in net.named_parameters()}
+    state = torch.get_rng_state()
+    objective = Objective(net, nn.CrossEntropyLoss(), (x, y), dropout_seed=3, batch_size=10)
+    first, again = (
+        objective.recalibrated(weights, batch_size=11).buffers["2.running_mean"] for _ in range(2)
+    )  # 23 = 2 x 11 + 1
+    assert torch.equal(first, again)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(
+        first, Objective(net, nn.CrossEntropyLoss(), (x, y)).recalibrated(weights).buffers["2.running_mean"]
+    )
+
+
 def test_dropout_masks_are_frozen_by_their_seed() -> None:
     net, x, y = parts()
     weights = dict(net.named_parameters())
