@@ -201,10 +201,13 @@ class FunctionalModel:
         return summed, norm, self.layout.join(gradients, lead=1), fresh
 
     def minibatch_gradients(
-        self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, targets: Any
+        self, weights: Float[Tensor, "L d"], buffers: Buffers, inputs: Any, targets: Any, *, parts: int = 1
     ) -> tuple[Tensor, Tensor, Buffers]:
-        """Each weight vector's loss on its own minibatch, as its reduction says: losses (L,), gradients (L, d), new buffers."""
-        batched, single = self._gradient_functions(reduced=True)
+        """Each weight vector's loss on its own minibatch, as its reduction says: losses (L,), gradients (L, d), new buffers.
+
+        With `parts` a minibatch is so many minibatches of one size after another, and the loss the mean of theirs.
+        """
+        batched, single = self._gradient_functions(parts=parts)
         losses, _, gradients, fresh = self._map(batched, single, weights, buffers, inputs, targets, _axes(False))
         return losses, self.layout.join(gradients, lead=1), fresh
 
@@ -220,12 +223,12 @@ class FunctionalModel:
         _, norm, gradients, _ = self._map(batched, single, weights, buffers, inputs, targets, axes=(None, 0))
         return self.layout.join(gradients, lead=1), norm
 
-    def _gradient_functions(self, *, reduced: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _gradient_functions(self, *, parts: int = 0) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(loss, summed weights, gradients by name, new buffers) of one weight vector, for vmap and alone.
 
-        The loss is the sum of the contributions, or with `reduced` what the loss's own reduction makes of them.
+        The loss is the sum of the contributions, or with `parts` the mean over so many minibatches of what the loss's own
+        reduction makes of each.
         """
-        divide = reduced and self.loss.reduction == "mean"
 
         def total(
             parameters: dict[str, Tensor], b: Buffers, x: Any, y: Any
@@ -233,7 +236,13 @@ class FunctionalModel:
             fresh = clone_buffers(b)
             contributions, example_weights = self.parted(self.forward(parameters, fresh, x), y)
             norm = example_weights.sum()
-            loss = contributions.sum() / norm if divide else contributions.sum()
+            loss = contributions.sum()
+            if parts > 1:
+                sums = contributions.unflatten(0, (parts, -1)).sum(1)
+                norms = example_weights.unflatten(0, (parts, -1)).sum(1)
+                loss = (sums / norms if self.loss.reduction == "mean" else sums).mean()
+            elif parts and self.loss.reduction == "mean":
+                loss = loss / norm
             return loss, (loss.detach(), norm, fresh)
 
         def batched(w: Tensor, b: Buffers, x: Any, y: Any) -> tuple[Tensor, Tensor, dict[str, Tensor], Buffers]:

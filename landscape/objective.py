@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -54,7 +54,9 @@ class Objective:
         buffers: buffers to use instead of the module's own, e.g. those of an averaged model.
         device: where to compute; the module's own device by default.
         dtype: floating-point type; the module's own by default.
-        chunk: examples times weight vectors that are differentiated at once; by default what fits a share of the memory.
+        chunk: examples times weight vectors that are differentiated at once; by default what fits the memory budget.
+        memory_budget: bytes that one pass may take for its graph and its stacked weights, beside weights given and results; by default
+            256 MiB on a CPU and 2 GiB on a GPU.
         group: a torch.distributed process group over whose ranks the data are spread: `data` is then this rank's shard, and every value,
             gradient and product is that of all shards, the same on every rank.
     """
@@ -75,6 +77,7 @@ class Objective:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
+        memory_budget: int | None = None,
         group: Any = None,
     ) -> None:
         model = unwrap(model)
@@ -101,6 +104,7 @@ class Objective:
                 "ghost batches and frozen dropout masks belong to fixed batches; give batch_size, or a list of batches"
             )
         self._chunk = chunk
+        self.memory_budget = memory_budget or (256 << 20 if self.device.type == "cpu" else 2 << 30)
         self._norm: float | None = None
         self._bytes_per_example: float | None = None
 
@@ -124,8 +128,8 @@ class Objective:
     def chunk(self) -> int:
         """Examples times weight vectors that are differentiated at once."""
         if self._chunk is None:
-            most, share = (8192, 256 << 20) if self.device.type == "cpu" else (1 << 17, 2 << 30)
-            self._chunk = int(min(most, max(1, share // max(1.0, self.bytes_per_example))))
+            most = 8192 if self.device.type == "cpu" else 1 << 17
+            self._chunk = int(min(most, max(1, self.memory_budget // max(1.0, self.bytes_per_example))))
         return self._chunk
 
     @property
@@ -237,6 +241,16 @@ class Objective:
         assert self._norm is not None
         return self._norm
 
+    @property
+    def has_equal_weights(self) -> bool:
+        """Whether every example weighs the same in the mean: no class weights, no ignored targets."""
+        found: set[float] = set()
+        for _, _, targets in self.batches():
+            found.update(self.model.loss.weights(targets).unique().tolist())
+            if len(found) > 1 or not self.model.loss.per_example:
+                return False
+        return True
+
     def settle_norm(self, local: float) -> None:
         """Take note of this rank's summed example weights, met in a pass over all its data."""
         if self._norm is None:
@@ -286,13 +300,47 @@ class Objective:
     def minibatch_gradients(self, weights: Float[Tensor, "L d"], indices: Tensor) -> Float[Tensor, "L d"]:
         """Gradients of the minibatch loss, weight vector l on examples indices[l], (L, B)."""
         self._needs_independent_examples()
-        parts = []
-        for part in chunks(len(weights), max(1, self.chunk // indices.shape[1])):
-            inputs, targets = self.data.batch(indices[part].to(self.device))
-            with self._frozen(0):
-                found = self.model.minibatch_gradients(weights[part], self._held_buffers(part), inputs, targets)
-            parts.append(found[1])
-        return torch.cat(parts)
+        sizes = chunks(len(weights), max(1, self.chunk // indices.shape[1]))
+        return torch.cat([self._minibatches(weights[part], indices[part]) for part in sizes])
+
+    def averaged_gradients(
+        self, points: Float[Tensor, "*P d"], indices: Int64[Tensor, "K n B"]
+    ) -> Float[Tensor, "K d"]:
+        """(1/n) sum_j grad L^{mu_kj}(x_kj) for K draws of n minibatches: the averaged gradient g_a of a step, K times over.
+
+        Args:
+            points: x, (d,) for all alike, (n, d) for learners that stay where they are, or (K, n, d).
+            indices: the minibatches.
+
+        Cost: K n minibatch gradients; where all points are one, a draw's n minibatches are differentiated as one batch.
+        """
+        self._needs_independent_examples()
+        draws, learners, batch = indices.shape
+        averaged = torch.zeros(draws, self.num_parameters, device=self.device, dtype=self.dtype)
+        at_once = max(
+            1, self.memory_budget // (8 * self.num_parameters * self.dtype.itemsize)
+        )  # weights, gradients, temporaries
+        if points.ndim == 1 and self.model.loss.per_example:
+            for part in chunks(draws, min(at_once, max(1, self.chunk // (learners * batch)))):
+                held = points.expand(part.stop - part.start, -1)
+                averaged[part] = self._minibatches(held, indices[part].flatten(1), parts=learners)
+            return averaged
+        flat = indices.flatten(0, 1)
+        for part in chunks(len(flat), min(at_once, max(1, self.chunk // batch))):
+            which = torch.arange(part.start, part.stop, device=self.device)
+            held = (
+                points.expand(len(which), -1) if points.ndim == 1
+                else points[which % learners] if points.ndim == 2
+                else points.flatten(0, 1)[which]
+            )  # fmt: skip
+            averaged.index_add_(0, which // learners, self._minibatches(held, flat[part]))
+        return averaged.div_(learners)
+
+    def _minibatches(self, weights: Tensor, indices: Tensor, parts: int = 1) -> Tensor:
+        inputs, targets = self.data.batch(indices.to(self.device))
+        held = self._held_buffers(slice(0, len(weights)))
+        with self._frozen(0):
+            return self.model.minibatch_gradients(weights, held, inputs, targets, parts=parts)[1]
 
     def example_gradients(self, weights: Weights, *, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
         """Per-example gradients of the contributions, streamed: (b, d) and example weights (b,), b at most `chunk`.

@@ -10,14 +10,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from landscape import streams
 from landscape.checkpoints import Learners, Run
 from landscape.curvature.hessian import HessianOperator
 from landscape.curvature.lanczos import Eigenpairs, top_eigenpairs
 from landscape.experiments.train import matched_sigma0
 from landscape.noise.covariance import CovarianceSummary, gradient_covariance_summary
 from landscape.noise.decomposition import decompose, smoothed_by_points
-from landscape.noise.draws import Draws, Points, draw_gradients
+from landscape.noise.draws import Draws, Points, draw_gradients, weight_noise_points
+from landscape.noise.reference import ReferenceGradient, reference_gradient
 from landscape.objective import Objective
 from landscape.tasks import Task
 from landscape.theory.modes import LocalRule
@@ -47,6 +47,10 @@ class MeasureConfig:
     """Bound on Hessian products of each eigenvalue problem."""
     smoothing_matvecs: int = 8
     """The same for the smoothed Hessians, where a product costs 2 S gradients."""
+    num_gradient_examples: int | None = None
+    """Examples for the full gradient that draws are compared with, debiased; all of them by default."""
+    memory_gb: float | None = None
+    """Memory, in GiB, that draws, kept graphs and bases of eigenproblems may take together; what is beyond is computed anew or put in a file."""
     seed: int = 0
     """Seed of draws, deviations and starting vectors."""
 
@@ -73,6 +77,18 @@ class Checkpoint:
     def gradient(self) -> Tensor:
         """g(w_a) (d,), over all training data."""
         return self.objective.gradient(self.mean)
+
+    @cached_property
+    def reference(self) -> ReferenceGradient:
+        """What draws are compared with: g, or its estimate from some examples."""
+        count = self.settings.num_gradient_examples
+        if count is None or count >= self.objective.num_examples:
+            return ReferenceGradient(self.gradient[None], self.objective.num_examples, self.objective.num_examples)
+        return reference_gradient(self.objective, self.mean, count, seed=self.settings.seed)
+
+    def share(self, part: int) -> int | None:
+        """So many eighths of the memory budget, in bytes."""
+        return None if self.settings.memory_gb is None else int(self.settings.memory_gb * 2**30) * part // 8
 
     @cached_property
     def topology(self) -> Topology:
@@ -110,12 +126,8 @@ class Checkpoint:
         """Where the following step takes its gradients: w_j, (M w)_j under CTA, w_a + fresh noise for SSGD*."""
         weights = self.learners.weights.to(self.mean)
         if self.sigma0:
-            return lambda draw: weights + self._noise(draw)
+            return weight_noise_points(self.learners, self.sigma0, self.settings.seed)
         return gradient_points(self.config.algorithm, self.config.order, weights, self.mixing)
-
-    def _noise(self, draw: int) -> Tensor:
-        generator = streams.torch_generator("measured weight noise", self.settings.seed, self.step, draw)
-        return (torch.randn(self.learners.weights.shape, generator=generator) * (self.sigma0 or 0.0)).to(self.mean)
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -129,15 +141,19 @@ class Checkpoint:
         """Fresh minibatch gradients."""
         return draw_gradients(
             self.objective, self.mean, self.points, num_learners=len(self.learners), local_batch_size=self.config.local_batch_size,
-            num_draws=self.settings.num_draws, seed=self.settings.seed,
+            num_draws=self.settings.num_draws, seed=self.settings.seed, memory_budget=self.share(3),
         )  # fmt: skip
 
     @cached_property
     def decomposition(self) -> xr.Dataset:
         """Section 3."""
-        points = self.points
-        exact = None if callable(points) else smoothed_by_points(self.objective, points, self.mean)
-        return decompose(self.draws, self.gradient, self.learning_rate, exact)
+        points, reference = self.points, self.reference
+        exact = (
+            None
+            if callable(points) or not reference.is_exact
+            else smoothed_by_points(self.objective, points, self.mean, self.gradient)
+        )
+        return decompose(self.draws, reference, self.learning_rate, self.objective.model.layout, exact)
 
     @cached_property
     def hessian(self) -> HessianOperator:

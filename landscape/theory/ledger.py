@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
@@ -41,31 +40,34 @@ def one_step_ledger(
 
     Cost: K + 1 Hessian products and K values.
     """
-    g, g_a = gradient.double(), draws.at_points.double()
-    squared = g @ g
-    alpha_e = learning_rate * (g_a @ g) / squared
-    eta = alpha_e[:, None] * g - learning_rate * g_a
-    values = objective.stacked_values(torch.cat([mean[None], mean - learning_rate * draws.at_points]))
-    h_g = (hessian @ gradient).double()
-    h_eta = torch.stack([(hessian @ row.to(gradient)).double() for row in eta])
-    terms = {
-        "realised": values[1:] - values[0],
-        "gain": -alpha_e * squared,
-        "along": alpha_e**2 * (g @ h_g) / 2,
-        "across": (eta * h_eta).sum(1) / 2,
-        "mixed": -alpha_e * (eta @ h_g),
-    }
+    g = gradient.double()
+    squared, h_g = g @ g, (hessian @ gradient).double()
+    here = objective.value(mean)
+    found = []
+    for at_points, _ in draws:
+        g_a = at_points.double()
+        alpha_e = learning_rate * (g_a @ g) / squared
+        eta = alpha_e * g - learning_rate * g_a
+        found.append(
+            {
+                "realised": objective.value(mean - learning_rate * at_points) - here,
+                "gain": float(-alpha_e * squared),
+                "along": float(alpha_e**2 * (g @ h_g) / 2),
+                "across": float(eta @ (hessian @ eta.to(gradient)).double() / 2),
+                "mixed": float(-alpha_e * (eta @ h_g)),
+            }
+        )
+    terms = {name: np.array([f[name] for f in found]) for name in found[0]}
     terms["predicted"] = terms["gain"] + terms["along"] + terms["across"] + terms["mixed"]
     terms["remainder"] = terms["realised"] - terms["predicted"]
     result = xr.Dataset(
         attrs={
-            "num_draws": len(g_a),
+            "num_draws": len(draws),
             "learning_rate": learning_rate,
             "errors": "standard errors over draws at fixed learners",
         }
     )
-    for name, tensor in terms.items():
-        samples = np.asarray(tensor.cpu().numpy())
+    for name, samples in terms.items():
         number = estimate(samples)
         result[name] = ("draw", samples, {"units": "nats"})
         result[f"{name}_mean"], result[f"{name}_stderr"] = ((), number.value), ((), number.stderr)
