@@ -138,7 +138,7 @@ class Objective:
         if self._bytes_per_example is None:
             inputs, targets = self.few(2)
             weights = self.model.initial_weights()[0].requires_grad_()
-            with self._frozen(0):
+            with self.frozen(0):
                 contributions, _ = self.model.example_losses(weights, clone_buffers(self.buffers), inputs, targets)
             kept = graph_bytes([contributions], without=[weights, *self.lasting(0, (inputs, targets))])
             self._bytes_per_example = 3 * kept / num_examples(targets)
@@ -218,7 +218,7 @@ class Objective:
                 for part in model.module.modules():
                     if isinstance(part, _BATCH_NORMS):
                         part.momentum = count / seen
-                with self._frozen(index):
+                with self.frozen(index):
                     model.output(flat, held, inputs)
         if self.group is not None:
             total = self.sum_over_ranks(torch.tensor(float(seen), dtype=torch.float64, device=self.device))
@@ -273,7 +273,7 @@ class Objective:
         for part in self._weight_parts(len(weights)):
             held, norm = self._held_buffers(part), torch.zeros((), dtype=torch.float64, device=self.device)
             for index, inputs, targets in self.batches(part.stop - part.start):
-                with self._frozen(index):
+                with self.frozen(index):
                     contributions, example_weights = self.model.losses(
                         weights[part], held, inputs, targets, shared=True
                     )
@@ -288,7 +288,7 @@ class Objective:
         for part in self._weight_parts(len(weights)):
             held, norm = self._held_buffers(part), torch.zeros((), dtype=torch.float64, device=self.device)
             for index, inputs, targets in self.batches(part.stop - part.start):
-                with self._frozen(index):
+                with self.frozen(index):
                     _, example_weights, summed, _ = self.model.summed_gradients(
                         weights[part], held, inputs, targets, shared=True
                     )
@@ -339,7 +339,7 @@ class Objective:
     def _minibatches(self, weights: Tensor, indices: Tensor, parts: int = 1) -> Tensor:
         inputs, targets = self.data.batch(indices.to(self.device))
         held = self._held_buffers(slice(0, len(weights)))
-        with self._frozen(0):
+        with self.frozen(0):
             return self.model.minibatch_gradients(weights, held, inputs, targets, parts=parts)[1]
 
     def example_gradients(self, weights: Weights, *, chunk: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
@@ -350,7 +350,7 @@ class Objective:
         self._needs_independent_examples()
         flat = self.flat(weights)
         for inputs, targets in stream(self.data, chunk):
-            with self._frozen(0):
+            with self.frozen(0):
                 found = self.model.example_gradients(flat, self.buffers, inputs, targets)
             yield found
 
@@ -362,7 +362,7 @@ class Objective:
         Raises:
             ValueError: for a loss that is not finite, naming the batch.
         """
-        with self._frozen(index):
+        with self.frozen(index):
             if kind == "hessian":
                 found = hessian_map(self.model, weights, self.buffers, inputs, targets)
             elif kind == "second-moment":
@@ -434,7 +434,7 @@ class Objective:
     def _held_buffers(self, part: slice) -> Buffers:
         return {n: b.expand(part.stop - part.start, *b.shape) for n, b in self.buffers.items()}
 
-    def _frozen(self, index: int) -> contextlib.ExitStack:
+    def frozen(self, index: int) -> contextlib.ExitStack:
         """Within, dropout draws the masks of batch `index`, and autocast is off: a Hessian has one type."""
         held = contextlib.ExitStack()
         held.enter_context(torch.autocast(self.device.type, enabled=False))

@@ -21,6 +21,7 @@ from landscape.noise.reference import ReferenceGradient, reference_gradient
 from landscape.objective import Objective
 from landscape.tasks import Task
 from landscape.theory.modes import LocalRule
+from landscape.theory.smoothed_loss import SmoothedLoss, smoothed_loss
 from landscape.theory.smoothing import (
     KERNELS,
     Kernel,
@@ -197,5 +198,15 @@ class Checkpoint:
         return {
             k: smoothed_curvature(self.objective, self.learners, kernel=k, num_samples=s.num_smoothing_samples,
                                   max_matvecs=s.smoothing_matvecs, seed=s.seed, sigma=self.sigma0)
+            for k in self.kernels
+        }  # fmt: skip
+
+    @cached_property
+    def smoothed_losses(self) -> dict[Kernel, SmoothedLoss]:
+        """Loss and gradient smoothed by each kernel."""
+        s = self.settings
+        return {
+            k: smoothed_loss(self.objective, self.learners, self.gradient, k, num_samples=2 * s.num_smoothing_samples, seed=s.seed,
+                             sigma=self.sigma0, memory_budget=self.share(2))
             for k in self.kernels
         }  # fmt: skip

@@ -19,7 +19,7 @@ from landscape.curvature.hessian import HessianOperator
 from landscape.curvature.lanczos import top_eigenpairs
 from landscape.curvature.operators import AveragedOperator
 from landscape.objective import Objective
-from landscape.statistics import Estimate, estimate
+from landscape.statistics import estimate
 
 Kernel = Literal["isotropic", "covariance", "learners"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -27,7 +27,7 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 
 
 def kernel_deviations(
-    learners: Learners, kernel: Kernel, num_samples: int, seed: int = 0, *, sigma: float | None = None
+    learners: Learners, kernel: Kernel, num_samples: int, seed: int = 0, *, sigma: float | int | None = None
 ) -> Float[Tensor, "S d"]:
     """Deviations delta of a kernel, float64 arithmetic in the weights' type.
 
@@ -51,53 +51,6 @@ def kernel_deviations(
         mixing = torch.randn(half, len(deviations), generator=generator, dtype=torch.float64).to(deviations)
         drawn = mixing @ deviations / math.sqrt(len(deviations))  # covariance (1/n) sum_j delta_j delta_j^T
     return torch.cat([drawn, -drawn])
-
-
-def smoothed_rate_ratio(
-    objective: Objective,
-    learners: Learners,
-    gradient: Float[Tensor, " d"],
-    kernel: Kernel,
-    *,
-    num_samples: int = 32,
-    seed: int = 0,
-    sigma: float | None = None,
-) -> Estimate:
-    """E alpha_e/alpha = g . grad L~(w_a)/|g|^2 under a kernel.
-
-    The learners' kernel gives it exactly (stderr 0); the others by antithetic pairs, with the error over pairs.
-    Cost: S full gradients.
-    """
-    deviations = kernel_deviations(learners, kernel, num_samples, seed, sigma=sigma).to(
-        objective.device, objective.dtype
-    )
-    mean, g = learners.mean.to(deviations), gradient.double()
-    along = (objective.stacked_gradients(mean + deviations).double() @ g / (g @ g)).cpu().numpy()
-    if kernel == "learners":
-        return Estimate(float(along.mean()), 0.0, len(along))
-    return estimate(along.reshape(2, -1).mean(0))
-
-
-def second_order_rate_ratio(
-    objective: Objective, learners: Learners, gradient: Float[Tensor, " d"], *, step: float = 0.25
-) -> float:
-    """E alpha_e/alpha to second order in the deviations, by finite differences of g: 1 + g . (1/2) grad Tr(H Sigma_w)/|g|^2.
-
-    (1/2) grad Tr(H Sigma_w) is taken as (1/n) sum_j [g(w_a + t delta_j) + g(w_a - t delta_j) - 2 g]/(2 t^2): exact as t -> 0 for a
-    smooth network, and with ReLU the finite-scale value at the named step.
-
-    Args:
-        objective: L.
-        learners: their deviations.
-        gradient: g(w_a).
-        step: t, as a share of the deviations.
-    """
-    mean = learners.mean.to(objective.device, objective.dtype)
-    moves = step * learners.deviations.to(mean)
-    g = gradient.double()
-    both = objective.stacked_gradients(torch.cat([mean + moves, mean - moves])).double().mean(0)
-    drift = (both - g) / step**2
-    return float(1 + drift @ g / (g @ g))
 
 
 @dataclass(frozen=True)

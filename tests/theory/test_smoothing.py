@@ -11,9 +11,7 @@ from landscape.objective import Objective
 from landscape.theory.smoothing import (
     KERNELS,
     kernel_deviations,
-    second_order_rate_ratio,
     smoothed_curvature,
-    smoothed_rate_ratio,
     smoothness_bounds,
 )
 
@@ -106,20 +104,6 @@ def test_kernels_have_the_covariance_they_claim() -> None:
         error = 4 * float(expected.diagonal().max()) * math.sqrt(2 / (count / 2))
         assert float((found - expected).abs().max()) < error
     assert torch.equal(kernel_deviations(learners, "learners", 99), learners.deviations)
-
-
-def test_rate_predictions_on_a_quartic() -> None:
-    """g~ = w^3 + 3 w v + (third moment): to second order and under every Gaussian kernel 1 + 3 v/w^2."""
-    objective, learners = scalar_objective(lambda w: 0.25 * w**4), spread([[1.5], [0.5], [1.0]])
-    gradient = objective.gradient(learners.mean)
-    expected = 1 + 3 / 6
-    assert second_order_rate_ratio(objective, learners, gradient, step=0.01) == pytest.approx(expected, rel=1e-8)
-    for kernel in ("isotropic", "covariance"):
-        found = smoothed_rate_ratio(objective, learners, gradient, kernel, num_samples=4000)  # type: ignore[arg-type]
-        assert abs(found.value - expected) < 4 * found.stderr
-    exact = smoothed_rate_ratio(objective, learners, gradient, "learners")
-    assert exact.value == pytest.approx(np.mean([1.5**3, 0.5**3, 1.0]))
-    assert exact.stderr == 0
 
 
 def test_nothing_is_smoothed_without_disagreement() -> None:
