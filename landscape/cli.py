@@ -6,15 +6,21 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import tyro
 
+from landscape.experiments.checkpoint import MeasureConfig
+from landscape.training.algorithms import Algorithm, Order
 from landscape.training.config import TrainConfig
+from landscape.training.noise import NoiseDrift, NoisePlace, NoiseShape
 
-MeasureName = Literal["effective-learning-rate", "noise", "curvature", "smoothing", "stability", "ledger"]
+MeasureName = Literal[
+    "effective-learning-rate", "noise", "curvature", "smoothing", "stability", "ledger", "covariance", "alignment", "alignment-by-layer",
+    "disagreement", "smoothing-length",
+]  # fmt: skip
 VariantName = Literal["ssgd", "ssgd-star", "dpsgd", "dpsgd-atc", "dpsgd-cta"]
 
 DEBUG_VARIABLE = "LANDSCAPE_DEBUG"
@@ -106,23 +112,11 @@ class Measure:
 
     run_directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN")]
     """The run."""
-    measures: tuple[MeasureName, ...] = (
-        "effective-learning-rate",
-        "noise",
-        "curvature",
-        "smoothing",
-        "stability",
-        "ledger",
-    )
-    """Which measures."""
+    config: tyro.conf.OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
+    measures: tuple[MeasureName, ...] | None = None
+    """Which measures; by default all but smoothing-length, which is the dearest."""
     steps: tuple[int, ...] | None = None
     """Which checkpoints; all by default."""
-    num_draws: int = 32
-    """Fresh minibatch assignments at each checkpoint."""
-    num_smoothing_samples: int = 16
-    """Deviations for the sampled smoothing kernels."""
-    seed: int = 0
-    """Seed of draws, deviations and starting vectors."""
     data_root: Path | None = None
     """Folder of data sets, for tasks that read from disk."""
     device: str | None = None
@@ -134,20 +128,19 @@ class Measure:
 
     def run(self) -> None:
         """Run it."""
-        from landscape.experiments.checkpoint import MeasureConfig
         from landscape.experiments.measure import measure
-        from landscape.theory.scorecard import scorecard
+        from landscape.experiments.measures import DEFAULT_MEASURES
+        from landscape.theory.scorecard import run_scorecard, scorecard
 
-        settings = MeasureConfig(
-            num_draws=self.num_draws, num_smoothing_samples=self.num_smoothing_samples, seed=self.seed
-        )
         groups = measure(
-            self.run_directory, self.measures, self.steps, settings=settings, data_root=self.data_root, device=self.device,
-            allow_other_data=self.allow_other_data, quiet=self.quiet,
+            self.run_directory, self.measures or DEFAULT_MEASURES, self.steps, settings=self.config, data_root=self.data_root,
+            device=self.device, allow_other_data=self.allow_other_data, quiet=self.quiet,
         )  # fmt: skip
         table = scorecard(groups)
         if not self.quiet and not table.empty:
             print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+            if table["step"].nunique() > 1:
+                print("\nof the run:\n" + run_scorecard(table).to_string(float_format=lambda v: f"{v:.4g}"))
 
 
 @dataclass(frozen=True)
@@ -205,6 +198,183 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Continue a run from one of its checkpoints with something changed, in a directory of its own; what is not given stays."""
+
+    run_directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN")]
+    """The run."""
+    step: int
+    """The checkpoint to start from."""
+    out: Path
+    """Directory of the replay."""
+    algorithm: Algorithm | None = None
+    """ssgd, ssgd-star or dpsgd; from dpsgd to the others every learner starts at w_a."""
+    order: Order | None = None
+    """DPSGD's order: awc, atc or cta."""
+    topology: str | None = None
+    """A name, or a file with a matrix or a graph, for as many learners."""
+    learning_rate: float | None = None
+    """Base learning rate."""
+    gamma: float | None = None
+    """Controlled disagreement: mix with (1 - gamma) I + gamma M."""
+    sigma0: float | str | None = None
+    """SSGD*: noise level, a run to match, or a noise profile."""
+    noise_place: NoisePlace | None = None
+    """SSGD* matched to a run: noise on the weights or the gradient."""
+    noise_shape: NoiseShape | None = None
+    """What the matched noise keeps."""
+    noise_drift: NoiseDrift | None = None
+    """What becomes of the landscape noise's mean."""
+    noise_every: int | None = None
+    """Steps between refreshes of the matched noise."""
+    num_steps: int | None = None
+    """Where to end, counted from the run's start."""
+    device: str | None = None
+    """Where to compute; the run's own device by default."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk."""
+    resume: bool = False
+    """Continue a replay that was cut off, with the same flags."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    quiet: bool = False
+    """No progress bar, no table."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.replay import compare, replay
+
+        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        run = replay(options.pop("run_directory"), options.pop("step"), options.pop("out"), **options)
+        if not self.quiet:
+            print(compare([self.run_directory, run]).T.to_string(header=False, float_format=lambda v: f"{v:.4g}"))
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The learning rate where half of the seeds still converge, by bisection, with an interval; resumes."""
+
+    low: float
+    """Smallest learning rate."""
+    high: float
+    """Largest learning rate."""
+    out: Path
+    """Directory of the runs and the result."""
+    task: str = "mnist-mlp"
+    """What is trained."""
+    algorithm: VariantName = "dpsgd"
+    """Which algorithm; ssgd-star with noise matched to DPSGD's."""
+    num_seeds: int = 6
+    """Seeds 0, 1, ...; below 4 the interval is open."""
+    num_rates: int = 4
+    """Rates of the coarse grid, both ends included."""
+    num_bisections: int = 4
+    """Further rates, each halving the step that holds the edge."""
+    max_sigma_w: float = float("inf")
+    """Count only runs whose weight spread sigma_w ends at or below this."""
+    lambda_max: float | None = None
+    """Largest eigenvalue of the Hessian that the runs meet, for the predicted edges."""
+    num_learners: int = 6
+    """n."""
+    local_batch_size: int = 1000
+    """B."""
+    num_steps: int = 500
+    """Steps a run."""
+    topology: str = "ring"
+    """DPSGD's topology."""
+    gamma: float = 1.0
+    """Controlled disagreement: mix with (1 - gamma) I + gamma M."""
+    momentum: float = 0.0
+    """Momentum."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk."""
+    quiet: bool = False
+    """No progress bar, no table."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.edge import edge_scorecard, find_edge
+        from landscape.experiments.variants import variant_named
+
+        config = TrainConfig(
+            "dpsgd", self.low, num_learners=self.num_learners, local_batch_size=self.local_batch_size, num_steps=self.num_steps,
+            topology=self.topology, gamma=self.gamma, momentum=self.momentum, nesterov=self.nesterov, device=self.device,
+        )  # fmt: skip
+        variant = variant_named(self.algorithm)
+        found = find_edge(
+            self.task, config, variant, low=self.low, high=self.high, seeds=range(self.num_seeds), out=self.out, num_rates=self.num_rates,
+            num_bisections=self.num_bisections, max_sigma_w=self.max_sigma_w, data_root=self.data_root, quiet=self.quiet,
+        )  # fmt: skip
+        if self.quiet:
+            return
+        shown = found.table[["num_converged", "num_seeds", "low", "high"]].to_dataframe()
+        print(shown.to_string(float_format=lambda v: f"{v:.4g}"))
+        print(f"edge {found.edge:.4g}, 95% interval {found.low:.4g} to {found.high:.4g}, between the rates {found.bracket[0]:.4g} and {found.bracket[1]:.4g}")  # fmt: skip
+        if self.lambda_max is not None:
+            table = edge_scorecard(found, config, variant, self.lambda_max)
+            print(table.drop(columns="step").to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """SSGD, DPSGD, and SSGD with noise calibrated on DPSGD, at the same rates and seeds: what of the noise rescues; resumes."""
+
+    learning_rates: tuple[float, ...]
+    """Base learning rates."""
+    out: Path
+    """Directory of the runs and the result."""
+    task: str = "mnist-mlp"
+    """What is trained."""
+    places: tuple[NoisePlace, ...] = ("weights", "gradient")
+    """Where noise is added."""
+    shapes: tuple[NoiseShape, ...] = ("isotropic", "layer", "diagonal", "low-rank")
+    """What it keeps of DPSGD's."""
+    drifts: tuple[NoiseDrift, ...] = ("as-noise",)
+    """What becomes of the landscape noise's mean, for noise on the gradient."""
+    zero_sum: bool = False
+    """Let the learners' weight noises sum to zero, as DPSGD's deviations do."""
+    noise_every: int = 5
+    """Steps between refreshes of the noise."""
+    num_seeds: int = 6
+    """Seeds 0, 1, ..."""
+    num_learners: int = 6
+    """n."""
+    local_batch_size: int = 1000
+    """B."""
+    num_steps: int = 500
+    """Steps a run."""
+    topology: str = "ring"
+    """DPSGD's topology."""
+    momentum: float = 0.0
+    """Momentum."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk."""
+    quiet: bool = False
+    """No progress bar, no words."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.rescue import rescue_experiment
+
+        config = TrainConfig(
+            "dpsgd", self.learning_rates[0], num_learners=self.num_learners, local_batch_size=self.local_batch_size,
+            num_steps=self.num_steps, topology=self.topology, momentum=self.momentum, device=self.device,
+        )  # fmt: skip
+        result = rescue_experiment(
+            self.task, config, self.learning_rates, range(self.num_seeds), self.out, places=self.places, shapes=self.shapes,
+            drifts=self.drifts, zero_sum=self.zero_sum, noise_every=self.noise_every, data_root=self.data_root, quiet=self.quiet,
+        )  # fmt: skip
+        if not self.quiet:
+            print(result.attrs["conclusion"])
+
+
+@dataclass(frozen=True)
 class Report:
     """One self-contained HTML report of measured runs."""
 
@@ -254,6 +424,9 @@ Command = Union[  # noqa: UP007 - tyro reads the annotations
     Annotated[Train, tyro.conf.subcommand("train")],
     Annotated[Measure, tyro.conf.subcommand("measure")],
     Annotated[Sweep, tyro.conf.subcommand("sweep")],
+    Annotated[Replay, tyro.conf.subcommand("replay")],
+    Annotated[Edge, tyro.conf.subcommand("edge")],
+    Annotated[Rescue, tyro.conf.subcommand("rescue")],
     Annotated[Report, tyro.conf.subcommand("report")],
     Annotated[Inspect, tyro.conf.subcommand("inspect")],
     Annotated[Tasks, tyro.conf.subcommand("tasks")],

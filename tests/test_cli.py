@@ -142,3 +142,106 @@ def test_run_json_tells_the_spectrum(tmp_path: Path) -> None:
     np.testing.assert_allclose(sorted(record["topology"]["spectrum"]), [-1 / 3, 1 / 3, 1 / 3, 1], atol=1e-12)
     assert record["topology"]["thresholds"]["disagreement"] == pytest.approx(2 / 3)
     assert record["provenance"]["torch"]
+
+
+def test_replay_changes_what_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = str(tmp_path / "run"), str(tmp_path / "replay")
+    assert run([*SHORT, "--out", path, "--quiet"]) == 0
+    assert run(["replay", path, "--step", "2", "--out", out, "--algorithm", "ssgd"]) == 0
+    captured = capsys.readouterr()
+    assert "every learner starts at w_a" in captured.err
+    assert "run at 2" in captured.out
+    assert run(["replay", path, "--step", "2", "--out", out, "--algorithm", "ssgd", "--resume", "--quiet"]) == 0
+    assert json.loads((tmp_path / "replay" / "run.json").read_text())["replayed"]["changes"] == {
+        "algorithm": ["dpsgd", "ssgd"]
+    }
+    capsys.readouterr()
+    for arguments, message in (
+        (["--step", "3"], "has no checkpoint of step 3"),
+        (["--step", "2", "--topology", "hypercube", "--sigma0", "0.1"], "sigma0 is for ssgd-star only"),
+        (["--step", "4"], "nothing is left to replay"),
+    ):
+        assert run(["replay", path, "--out", str(tmp_path / "other"), *arguments]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_ssgd_star_takes_its_noise_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = str(tmp_path / "run"), str(tmp_path / "star")
+    assert run([*SHORT, "--out", path, "--quiet"]) == 0
+    star = ["--algorithm", "ssgd-star", "--sigma0", path, "--quiet", "--out"]
+    assert run([*SHORT, *star, str(tmp_path / "matched")]) == 0
+    kept = [
+        *SHORT,
+        *star,
+        out,
+        "--noise-place",
+        "gradient",
+        "--noise-shape",
+        "low-rank",
+        "--noise-drift",
+        "added",
+        "--noise-every",
+        "2",
+    ]
+    assert run(kept) == 0
+    assert (tmp_path / "star" / "noise.safetensors").is_file()
+    assert not (tmp_path / "matched" / "noise.safetensors").exists()
+    capsys.readouterr()
+    assert run([*SHORT, *star, str(tmp_path / "other"), "--noise-shape", "layer", "--noise-every", "3"]) == 2
+    assert "so its noise cannot be refreshed every 3 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["edge", "rescue"])
+def test_edge_and_rescue(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [
+        "--num-learners",
+        "2",
+        "--local-batch-size",
+        "10",
+        "--num-steps",
+        "4",
+        "--num-seeds",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    if command == "edge":
+        arguments = [
+            "--low",
+            "0.1",
+            "--high",
+            "0.2",
+            "--num-rates",
+            "2",
+            "--lambda-max",
+            "10",
+            "--algorithm",
+            "dpsgd-atc",
+        ]
+        assert run(["edge", *small, *arguments]) == 0
+        told = capsys.readouterr().out
+        assert "95% interval 0 to inf" in told
+        assert "disagreement threshold / lambda_max" in told
+        assert run(["edge", *small, "--low", "0.2", "--high", "0.1"]) == 2
+        assert "low < high" in capsys.readouterr().err
+    else:
+        assert (
+            run(
+                [
+                    "rescue",
+                    *small,
+                    "--learning-rates",
+                    "0.1",
+                    "--places",
+                    "weights",
+                    "--shapes",
+                    "layer",
+                    "--noise-every",
+                    "2",
+                ]
+            )
+            == 0
+        )
+        assert "noise matched in every layer on the weights rescued 0 of 1" in capsys.readouterr().out

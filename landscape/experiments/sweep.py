@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +16,10 @@ from tqdm import tqdm
 
 from landscape.data.dataset import TensorData
 from landscape.experiments.interrupt import Interruptible
-from landscape.experiments.train import CONVERGENCE_WINDOW, outcome
+from landscape.experiments.recording import CONVERGENCE_WINDOW
+from landscape.experiments.train import outcome
+from landscape.experiments.variants import Variant as Variant
+from landscape.experiments.variants import calibrated_profile, replica_config, replica_key, variant_named
 from landscape.results import load_dataset, save_dataset, stamp
 from landscape.tasks import Task, get_task
 from landscape.training.config import TrainConfig
@@ -29,28 +30,6 @@ from landscape.training.topology import topology as make_topology
 MAP_FILE = "stability-map.nc"
 REPLICAS_AT_ONCE = {"cpu": 12, "cuda": 96}
 """Replicas that advance together: what is lost to an interruption."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One column of a map.
-
-    Attributes:
-        algorithm: "ssgd", "ssgd-star" or "dpsgd".
-        order: DPSGD's order.
-        sigma0: SSGD*'s noise level, or "matched" to the sigma_w(t) that DPSGD (AWC) recorded at the same rate and seed.
-    """
-
-    algorithm: Literal["ssgd", "ssgd-star", "dpsgd"]
-    order: Literal["awc", "atc", "cta"] = "awc"
-    sigma0: float | Literal["matched"] = 0.0
-
-    @property
-    def name(self) -> str:
-        """As on figures: ssgd, ssgd-star-matched, ssgd-star-0.01, dpsgd, dpsgd-atc."""
-        if self.algorithm == "ssgd-star":
-            return f"ssgd-star-{self.sigma0 if isinstance(self.sigma0, str) else f'{self.sigma0:g}'}"
-        return self.algorithm if self.algorithm == "ssgd" or self.order == "awc" else f"{self.algorithm}-{self.order}"
 
 
 def stability_map(
@@ -69,7 +48,8 @@ def stability_map(
     Args:
         task: what is trained.
         config: everything else; its algorithm, order, learning rate, sigma0 and seed are overridden.
-        variants: the columns; "matched" noise needs plain DPSGD (AWC) among them.
+        variants: the columns; "matched" noise needs plain DPSGD (AWC) among them. For "calibrated" noise a DPSGD run with checkpoints
+            is recorded under OUT/runs for each rate and seed, and its profile kept under OUT/noise.
         learning_rates: base rates.
         seeds: seeds, each with its own initial weights and data order, shared by all variants and rates.
         out: where parts are kept, as netCDF.
@@ -82,35 +62,35 @@ def stability_map(
     """
     if any(v.sigma0 == "matched" for v in variants) and Variant("dpsgd") not in variants:
         raise ValueError("matched SSGD* noise needs DPSGD (AWC) in the same map")
-    train, test = task.load_data(data_root)
+    if any(v.sigma0 == "calibrated" and v.noise_every < 1 for v in variants):
+        raise ValueError("calibrated SSGD* noise needs noise_every of at least 1")
+    train_data, test = task.load_data(data_root)
     pairs = [(float(rate), int(seed)) for rate in learning_rates for seed in seeds]
     total = len(variants) * len(pairs) * config.num_steps
     done: dict[str, xr.Dataset] = {}
     with tqdm(total=total, unit="step", desc="stability map", disable=quiet or None, delay=2, leave=False) as bar:
         for variant in sorted(variants, key=lambda v: v.sigma0 == "matched"):
             reference = done[Variant("dpsgd").name] if variant.sigma0 == "matched" else None
-            done[variant.name] = _column(task, config, variant, pairs, train, test, reference, out, bar)
+            done[variant.name] = _column(
+                task, config, variant, variants, pairs, train_data, test, reference, out, bar, data_root
+            )
     names = [v.name for v in variants]
     joined = xr.concat([done[name] for name in names], pd.Index(names, name="variant"), combine_attrs="drop")
     index = pd.MultiIndex.from_tuples(pairs, names=("learning_rate", "seed"))
     coords = xr.Coordinates.from_pandas_multiindex(index, "replica")
     unstacked = joined.drop_vars(["learning_rate", "seed"]).assign_coords(coords).unstack("replica")
     return stamp(unstacked, task=task.name, config=json.dumps(config.to_json()), threshold=task.threshold, constant_loss=task.constant_loss,
-                 num_examples=len(train), data_fingerprint=train.fingerprint())  # fmt: skip
+                 num_examples=len(train_data), data_fingerprint=train_data.fingerprint())  # fmt: skip
 
 
 def _column(
-    task: Task, config: TrainConfig, variant: Variant, pairs: list[tuple[float, int]], train: TensorData, test: TensorData,
-    reference: xr.Dataset | None, out: Path, bar: tqdm,
+    task: Task, config: TrainConfig, variant: Variant, variants: Sequence[Variant], pairs: list[tuple[float, int]],
+    train_data: TensorData, test: TensorData, reference: xr.Dataset | None, out: Path, bar: tqdm, data_root: str | Path | None,
 ) -> xr.Dataset:  # fmt: skip
     """All replicas of a variant, in the order of the (rate, seed) pairs: those run before are read, the others run in groups."""
-    sigma0 = variant.sigma0 if isinstance(variant.sigma0, float | int) else 0.0
-    configs = [
-        replace(config, algorithm=variant.algorithm, order=variant.order, sigma0=sigma0, learning_rate=r, seed=s)
-        for r, s in pairs
-    ]
-    fingerprint = train.fingerprint()
-    paths = [out / f"{variant.name}-{_key(task, c, variant, fingerprint)}.nc" for c in configs]
+    configs = [replica_config(config, variant, *pair) for pair in pairs]
+    fingerprint = train_data.fingerprint()
+    paths = [out / f"{variant.name}-{replica_key(task, c, variant, fingerprint)}.nc" for c in configs]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     bar.update((len(pairs) - len(missing)) * config.num_steps)
     size = REPLICAS_AT_ONCE.get(torch.device(config.device).type, 12)
@@ -121,7 +101,15 @@ def _column(
         levels = (
             None if reference is None else np.stack([_matched(reference, *pairs[i], config.num_steps) for i in group])
         )
-        program = Program(task, configs[group[0]], graph, train, seeds=seeds, learning_rates=rates, sigma0=levels)
+        bar.set_postfix_str(variant.name)
+        profiles = (
+            [calibrated_profile(task, config, variant, variants, *pairs[i], out, data_root, fingerprint) for i in group]
+            if variant.sigma0 == "calibrated"
+            else None
+        )
+        program = Program(
+            task, configs[group[0]], graph, train_data, seeds=seeds, learning_rates=rates, sigma0=levels, profiles=profiles
+        )  # fmt: skip
         result = run_replicas(program, test, bar).assign_coords(
             learning_rate=("replica", rates), seed=("replica", seeds)
         )
@@ -131,12 +119,6 @@ def _column(
                 paths[i],
             )
     return xr.concat([load_dataset(path) for path in paths], "replica", combine_attrs="drop")
-
-
-def _key(task: Task, config: TrainConfig, variant: Variant, fingerprint: str) -> str:
-    """Names a replica by everything that decides its numbers."""
-    identity = [task.name, {k: v for k, v in config.to_json().items() if k != "device"}, variant.name, fingerprint]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _matched(reference: xr.Dataset, rate: float, seed: int, num_steps: int) -> np.ndarray:
@@ -220,7 +202,7 @@ def run_sweep(
     *, data_root: str | Path | None = None, quiet: bool = False,
 ) -> xr.Dataset:  # fmt: skip
     """A stability map by names of algorithms ("dpsgd-atc", "ssgd-star" with matched noise), written to OUT/stability-map.nc."""
-    variants = [_variant(name) for name in algorithms]
+    variants = [variant_named(name) for name in algorithms]
     for rate in learning_rates:
         replace(config, learning_rate=rate)  # checked before anything runs
     result = stability_map(
@@ -228,10 +210,3 @@ def run_sweep(
     )
     save_dataset(result, out / MAP_FILE)
     return result
-
-
-def _variant(name: str) -> Variant:
-    if name == "ssgd-star":
-        return Variant("ssgd-star", sigma0="matched")
-    algorithm, _, order = name.partition("-")
-    return Variant(algorithm, order or "awc")  # type: ignore[arg-type]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,43 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from landscape.checkpoints import Run, open_run
-from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX
+from landscape.checkpoints import Learners, Run, open_run
+from landscape.checkpoints.format import METRICS_FILE, write_atomically
 from landscape.checkpoints.reader import restore_state
 from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import TensorData
 from landscape.experiments.interrupt import Interruptible
+from landscape.experiments.profiles import load_profile, profile_for, save_profile
+from landscape.experiments.recording import CONVERGENCE_WINDOW, announce, checkpoint, metrics, recent_losses
+from landscape.experiments.run_directory import NOISE_FILE, check_same, claim
 from landscape.provenance import provenance
 from landscape.tasks import Task, get_task
 from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.config import TrainConfig
-from landscape.training.evaluate import evaluate
-from landscape.training.loop import Program, averaged_models, consensus_distances
+from landscape.training.loop import Program
+from landscape.training.noise import NoiseProfile
 from landscape.training.state import LearnerState
 from landscape.training.topology import Topology
 from landscape.training.topology import topology as make_topology
 
-CONVERGENCE_WINDOW = 50
-"""Steps at the end of a run on which convergence is judged (theory.md sec. 8)."""
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run begins that does not begin at its initial weights.
+
+    Attributes:
+        learners: at that step.
+        history: lines of metrics.jsonl before it.
+        facts: what run.json tells of it, under "replayed".
+        fingerprint: of the data that the run it comes from was trained on.
+        profile: SSGD*'s matched noise, if it is to be that of the run it comes from.
+    """
+
+    learners: Learners
+    history: Sequence[str]
+    facts: dict[str, Any]
+    fingerprint: dict[str, str]
+    profile: NoiseProfile | None = None
 
 
 def train(
@@ -64,35 +84,62 @@ def train(
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been written.
     """
     task = get_task(task)
-    spec = config.topology if topology is None else topology
-    graph = make_topology(spec, config.num_learners)
+    graph = make_topology(config.topology if topology is None else topology, config.num_learners)
     out = Path(out or f"runs/{task.name}-{config.algorithm}-a{config.learning_rate:g}-s{config.seed}")
-    device = config.torch_device()
-    resuming = _claim(out, resume=resume, overwrite=overwrite)
-    sigma0 = matched_sigma0(config.sigma0, config.num_steps) if isinstance(config.sigma0, str) else None
-    train_data, test_data = task.load_data(data_root)
-    program = Program(task, config, graph, train_data, sigma0=sigma0)
-    fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}
+    return record_run(
+        task, config, graph, out, data_root=data_root, resume=resume, overwrite=overwrite, quiet=quiet, origin=None
+    )
 
-    state = program.initial_state()
+
+def record_run(
+    task: Task, config: TrainConfig, graph: Topology, out: Path, *, data_root: str | Path | None, resume: bool, overwrite: bool,
+    quiet: bool, origin: Origin | None,
+) -> Run:  # fmt: skip
+    """Train from the initial weights or from `origin`, and record it. See `train`, and `landscape.experiments.replay`."""
+    device = config.torch_device()
+    if graph.gamma != 1:
+        raise ValueError(
+            f"topology {graph.name} is damped by gamma {graph.gamma:g}; give gamma in the configuration instead"
+        )
+    resuming = claim(out, resume=resume, overwrite=overwrite)
+    train_data, test_data = task.load_data(data_root)
+    fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}
+    if origin is not None and origin.fingerprint != fingerprint:
+        raise ValueError("the data are not the examples that the run was trained on (fingerprints differ)")
     if resuming:
         run = open_run(out)
-        _check_same(run, task, config, graph, fingerprint)
+        check_same(run, task, config, graph, fingerprint)
+        if run.record.get("replayed") != (None if origin is None else origin.facts):
+            raise ValueError(
+                f"{out} holds a run that begins elsewhere; continue a replay by the call or command that began it"
+            )
         if run.status in ("complete", "diverged"):
             if not quiet:
                 print(f"{out} is {run.status} ({run.steps[-1]} steps); nothing to do")
             return run
+    sigma0, profile = _matched_noise(task, config, out, origin, resuming=resuming, data_root=data_root)
+    program = Program(task, config, graph, train_data, sigma0=sigma0, profiles=None if profile is None else [profile])
+
+    state = program.initial_state()
+    if origin is not None:
+        state = restore_state(origin.learners, state)
+    if resuming:
         if run.steps:
             state = restore_state(run.learners(run.steps[-1]), state)
         writer = RunWriter(out, dict(run.record))
     else:
-        facts = learning_rate_thresholds(
-            graph, config.algorithm, config.order, config.momentum, config.dampening, nesterov=config.nesterov
+        c = config
+        thresholds = learning_rate_thresholds(
+            graph, c.algorithm, c.order, c.momentum, c.dampening, nesterov=c.nesterov, gammas=c.gamma_range
         )
         record = {
             "task": task.name,
             "config": config.to_json(),
-            "topology": {**graph.summary(), "thresholds": facts, "matrices": graph.matrices.tolist()},
+            "topology": {
+                **graph.summary(),
+                "thresholds": thresholds,
+                "matrices": graph.matrices.tolist(),
+            },
             "data": {
                 "name": train_data.name,
                 "num_train": len(train_data),
@@ -103,12 +150,15 @@ def train(
             "constant_loss": task.constant_loss,
             "num_parameters": program.model.layout.num_parameters,
             "provenance": provenance(device),
+            **({} if origin is None else {"replayed": origin.facts}),
         }
         writer = RunWriter(out, record)
-    writer.keep_metrics_until(state.step)
     writer.write_record(status="running")
+    if origin is not None and not open_run(out).steps:
+        write_atomically(out / METRICS_FILE, "".join(f"{line}\n" for line in origin.history).encode())
+    writer.keep_metrics_until(state.step)
     if not quiet:
-        _announce(task, config, writer.record, resumed_at=state.step if resuming else None)
+        announce(task, config, writer.record, resumed_at=state.step if resuming else None)
     try:
         _loop(program, state, test_data.to(device, config.torch_dtype), writer, quiet=quiet)
     finally:
@@ -119,10 +169,10 @@ def train(
 def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWriter, *, quiet: bool) -> None:
     config = program.config
     alive = torch.ones(1, dtype=torch.bool, device=program.device)
-    recent: deque[float] = deque(_recent_losses(writer.path, state.step), maxlen=CONVERGENCE_WINDOW)
+    recent: deque[float] = deque(recent_losses(writer.path), maxlen=CONVERGENCE_WINDOW)
     last_loss = math.nan
     started = time.perf_counter()
-    _checkpoint(program, state, writer)
+    checkpoint(program, state, writer)
     bar = tqdm(
         total=config.num_steps,
         initial=state.step,
@@ -136,12 +186,12 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
         while state.step < config.num_steps:
             step = state.step
             logged = step % config.log_every == 0 or step >= config.num_steps - CONVERGENCE_WINDOW
-            entry = _metrics(program, state, test, full=step % config.log_every == 0) if logged else None
+            entry = metrics(program, state, test, full=step % config.log_every == 0) if logged else None
             new, record = program.step(state, alive)
             last_loss = float(record.losses[0])
             if not bool(record.alive[0]):
                 writer.append_metrics({"step": step, "minibatch_loss": last_loss, "finite": False})
-                _checkpoint(program, state, writer)
+                checkpoint(program, state, writer)
                 writer.write_record(
                     status="diverged", diverged_at=step, outcome={"outcome": "non-finite", "step": step}
                 )
@@ -158,11 +208,11 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
             bar.update()
             done = state.step == config.num_steps
             if done or interrupt.requested or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
-                _checkpoint(program, state, writer)
+                checkpoint(program, state, writer)
             if interrupt.requested and not done:
                 writer.write_record(status="interrupted")
                 raise KeyboardInterrupt(f"stopped at step {state.step}; continue with --resume")
-    entry = _metrics(program, state, test, full=True)
+    entry = metrics(program, state, test, full=True)
     writer.append_metrics(entry)
     recent.append(entry["train_loss"])
     verdict = outcome(np.asarray(recent)[:, None], program.task.threshold, program.task.constant_loss)[0]
@@ -192,6 +242,23 @@ def outcome(losses: np.ndarray, threshold: float, constant_loss: float, alive: n
     ]
 
 
+def _matched_noise(
+    task: Task, config: TrainConfig, out: Path, origin: Origin | None, *, resuming: bool, data_root: str | Path | None
+) -> tuple[np.ndarray | None, NoiseProfile | None]:
+    """SSGD*'s noise where it follows a run: its level over the steps, or a profile, which is kept in the run's own directory."""
+    if not isinstance(config.sigma0, str):
+        return None, None
+    if not config.is_calibrated:
+        return matched_sigma0(config.sigma0, config.num_steps + 1), None  # the last for the checkpoint at the end
+    if resuming:
+        return None, load_profile(out / NOISE_FILE)
+    inherited = None if origin is None else origin.profile
+    profile = profile_for(config, task=task, data_root=data_root) if inherited is None else inherited
+    out.mkdir(parents=True, exist_ok=True)
+    save_profile(profile, out / NOISE_FILE)
+    return None, profile
+
+
 def matched_sigma0(run_path: str, num_steps: int) -> np.ndarray:
     """SSGD*'s noise level (T,) matched to the sigma_w(t) that a DPSGD run recorded, interpolated between its logged steps."""
     metrics = open_run(run_path).metrics
@@ -199,102 +266,3 @@ def matched_sigma0(run_path: str, num_steps: int) -> np.ndarray:
         raise ValueError(f"{run_path} recorded no sigma_w, so SSGD*'s noise cannot be matched to it")
     known = metrics.dropna(subset=["sigma_w"])
     return np.interp(np.arange(num_steps), known["step"], known["sigma_w"])
-
-
-def _metrics(program: Program, state: LearnerState, test: TensorData, *, full: bool) -> dict[str, Any]:
-    """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread."""
-    n, d = program.config.num_learners, program.model.layout.num_parameters
-    mean, buffers = averaged_models(state, n)
-    train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train)
-    distance = float(consensus_distances(state.params.double(), n)[0])
-    entry: dict[str, Any] = {
-        "step": state.step,
-        "train_loss": float(train_loss[0]),
-        "train_accuracy": float(train_accuracy[0]),
-        "consensus_distance": distance,
-        "sigma_w": distance / math.sqrt(d),
-    }
-    if full:
-        loss, accuracy = evaluate(program.evaluation_model, mean, buffers, test)
-        each_loss, each_accuracy = evaluate(program.evaluation_model, state.params, state.buffers, test)
-        entry |= {
-            "test_loss": float(loss[0]),
-            "test_accuracy": float(accuracy[0]),
-            "learner_test_loss": each_loss.tolist(),
-            "learner_test_accuracy": each_accuracy.tolist(),
-        }
-    return entry
-
-
-def _recent_losses(path: Path, step: int) -> list[float]:
-    """Training losses of w_a logged so far on the steps where convergence is judged."""
-    run = open_run(path)
-    if run.metrics.empty or "train_loss" not in run.metrics:
-        return []
-    return [float(v) for v in run.metrics["train_loss"].dropna()][-CONVERGENCE_WINDOW:]
-
-
-def _checkpoint(program: Program, state: LearnerState, writer: RunWriter) -> None:
-    config = program.config
-    facts = {
-        "algorithm": config.algorithm,
-        "order": config.order,
-        "learning_rate": config.learning_rate * program.schedule(state.step),
-        "local_batch_size": config.local_batch_size,
-        "seed": config.seed,
-    }
-    writer.save_checkpoint(state, program.model, facts)
-
-
-def _claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Whether to resume what is in `out`; refuses to touch a run unasked."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, not a directory")
-    if not (out / RUN_FILE).exists():
-        if out.is_dir() and not _only_begun(out):
-            raise ValueError(f"{out} is not empty and holds no run; choose another directory")
-        return False
-    if overwrite:
-        open_run(out)  # only ever delete what is a run
-        shutil.rmtree(out)
-        return False
-    if not resume:
-        raise ValueError(f"{out} already holds a run; continue it with --resume, or replace it with --overwrite")
-    return True
-
-
-def _only_begun(out: Path) -> bool:
-    """Whether a folder holds nothing, or nothing but what a run killed before its first record leaves."""
-    begun = {CHECKPOINTS, f"{TEMPORARY_PREFIX}{RUN_FILE}"}
-    return all(p.name in begun for p in out.iterdir()) and not any((out / CHECKPOINTS).glob("*"))
-
-
-def _check_same(run: Run, task: Task, config: TrainConfig, graph: Topology, fingerprint: dict[str, str]) -> None:
-    changed = [f"{k}: {old!r} in the run, {new!r} now" for k, (old, new) in run.config.changes(config).items()]
-    if run.task != task.name:
-        changed.append(f"task: {run.task!r} in the run, {task.name!r} now")
-    if not changed and not np.array_equal(np.asarray(run.record["topology"]["matrices"]), graph.matrices):
-        changed.append("topology: its mixing matrix is not the run's")
-    if run.record["data"]["fingerprint"] != fingerprint:
-        changed.append("data: not the examples that the run was trained on (fingerprints differ)")
-    if changed:
-        raise ValueError(f"{run.path} cannot be resumed with another configuration ({'; '.join(changed)})")
-
-
-def _announce(task: Task, config: TrainConfig, record: dict[str, Any], resumed_at: int | None) -> None:
-    graph = record["topology"]
-    spectrum = ", ".join(f"{v:.3g}" if isinstance(v, float) else f"{complex(*v):.3g}" for v in graph["spectrum"][:8])
-    more = ", ..." if len(graph["spectrum"]) > 8 else ""
-    lines = [
-        f"{task.name}: {config.algorithm}, {config.num_learners} learners x {config.local_batch_size}, alpha {config.learning_rate:g}"
-    ]
-    if config.algorithm == "dpsgd":
-        lines.append(f"M: {graph['name']}, spectrum {spectrum}{more}; gap {graph['spectral_gap']:.3g}")
-    lines.append(
-        "stable while alpha lambda_max < " + ", ".join(f"{v:.3g} ({k})" for k, v in graph["thresholds"].items())
-    )
-    if resumed_at is not None:
-        lines.append(f"resumed at step {resumed_at}")
-    print("\n".join(lines), file=sys.stderr)

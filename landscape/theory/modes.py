@@ -55,7 +55,8 @@ def _radius(matrices: np.ndarray) -> np.ndarray:
 def disagreement_modes(topology: Topology) -> np.ndarray:
     """Graph modes orthogonal to the vector of ones, (period, n - 1): the joint eigenvalues of the matrices of a period.
 
-    Random pairing has one mode, its mean mubar = (n - 2)/(2 (n - 1)) for even n, (1, n - 1).
+    Random pairing has one mode, its mean mubar = (n - 2)/(2 (n - 1)) for even n, (1, n - 1). Damping by gamma (`Topology.damped`)
+    makes 1 - gamma (1 - mu) of every mode, and of the mean.
     """
     n = topology.num_learners
     if n == 1:
@@ -95,21 +96,37 @@ def growth(topology: Topology, rule: LocalRule, x: np.ndarray) -> np.ndarray:
         return np.zeros_like(x)
     modes = np.linalg.eigvals(_on_disagreement(topology)) if topology.is_static else disagreement_modes(topology)
     if topology.kind == "random-pairing":
-        return np.sqrt(_radius(second_moment_map(modes[:1, 0], x, rule)))
+        return np.sqrt(_radius(second_moment_map(modes[:1, 0], x, rule, topology.gamma)))
     product: np.ndarray = np.broadcast_to(np.eye(2), (len(x), modes.shape[1], 2, 2))
     for mu in modes:
         product = rule.matrices(mu[None, :], x[:, None])[0] @ product
     return np.asarray(_radius(product).max(-1) ** (1 / len(modes)))
 
 
-def second_moment_map(mubar: np.ndarray, x: np.ndarray, rule: LocalRule) -> np.ndarray:
-    """E[A kron A] (..., 4, 4) under random pairing: each M is a projection, so every power of mu averages to mubar."""
-    at = [rule.matrices(np.asarray(m, dtype=np.float64), x)[0] for m in (0.0, 1.0)]
+def second_moment_map(mubar: np.ndarray, x: np.ndarray, rule: LocalRule, gamma: float = 1.0) -> np.ndarray:
+    """E[A kron A] (..., 4, 4) under random pairing.
+
+    Each matching's matrix is a projection P, so damped by gamma M = (1 - gamma) I + gamma P acts as mu = 1 - gamma or mu = 1, and A is
+    affine in M: the mean is that of the two ends, weighted by how often each is met. By exchangeability of the learners the isotropic
+    part of the disagreement's covariance maps to itself, and it holds the largest growth.
+
+    Args:
+        mubar: mean of mu, damping included: 1 - gamma (1 - share), share the mean of P on the disagreement.
+        x: alpha lambda.
+        rule: order, momentum, dampening, Nesterov.
+        gamma: of the damping.
+    """
+    at = [rule.matrices(np.asarray(m, dtype=np.float64), x)[0] for m in (1.0 - gamma, 1.0)]
     constant, slope = at[0], at[1] - at[0]
-    mean = _kron(constant, constant) + mubar[..., None, None] * (
+    mean = _kron(constant, constant) + share_of_one(mubar, gamma)[..., None, None] * (
         _kron(constant, slope) + _kron(slope, constant) + _kron(slope, slope)
     )
     return np.asarray(mean)
+
+
+def share_of_one(mubar: np.ndarray, gamma: float) -> np.ndarray:
+    """How often a damped pairing acts as mu = 1 rather than mu = 1 - gamma, for a mean mode of mubar."""
+    return np.asarray(1 - (1 - mubar) / gamma if gamma > 0 else np.ones_like(mubar))
 
 
 def _kron(a: np.ndarray, b: np.ndarray) -> np.ndarray:

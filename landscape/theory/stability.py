@@ -65,12 +65,25 @@ def learning_rate_thresholds(
     dampening: float = 0.0,
     *,
     nesterov: bool = False,
+    gammas: Sequence[float] = (1.0,),
 ) -> dict[str, float]:
-    """Thresholds on alpha lambda_max that a run meets, by name: "mean", and "disagreement" for DPSGD."""
+    """Thresholds on alpha lambda_max that a run meets, by name: "mean", and "disagreement" for DPSGD.
+
+    Args:
+        topology: M(t).
+        algorithm: "ssgd", "ssgd-star" or "dpsgd".
+        order: DPSGD's order.
+        momentum: beta.
+        dampening: of the momentum.
+        nesterov: Nesterov momentum.
+        gammas: of controlled disagreement; of a gamma that varies, the ends of its range, at one of which the threshold is smallest.
+    """
     rule = LocalRule(order, momentum, dampening, nesterov)
     thresholds = {"mean": mean_threshold(rule)}
     if algorithm == "dpsgd" and topology.num_learners > 1:
-        thresholds["disagreement"] = disagreement_threshold(topology, rule)
+        thresholds["disagreement"] = min(
+            disagreement_threshold(topology.damped(gamma), rule) for gamma in sorted(set(gammas))
+        )
     return thresholds
 
 

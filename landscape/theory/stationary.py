@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from landscape.theory.modes import LocalRule, disagreement_modes, growth, second_moment_map
+from landscape.theory.modes import LocalRule, disagreement_modes, growth, second_moment_map, share_of_one
 from landscape.training.topology import Topology
 
 EDGE = 1 - 1e-12
@@ -29,11 +29,15 @@ def stationary_variance(mu: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: 
     """
     a, b = rule.matrices(mu, x)
     maps = np.einsum("...ij,...kl->...ikjl", a, np.conj(a)).reshape(*a.shape[:-2], 4, 4)
-    return _solve(maps, b, noise, np.abs(np.linalg.eigvals(a)).max(-1) < EDGE)
+    return _solve(maps, _outer(b), noise, np.abs(np.linalg.eigvals(a)).max(-1) < EDGE)
 
 
-def _solve(maps: np.ndarray, b: np.ndarray, noise: np.ndarray, stable: np.ndarray) -> np.ndarray:
-    source = np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*b.shape[:-1], 4)
+def _outer(b: np.ndarray) -> np.ndarray:
+    """b b^H (..., 4) of vectors (..., 2)."""
+    return np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*b.shape[:-1], 4)
+
+
+def _solve(maps: np.ndarray, source: np.ndarray, noise: np.ndarray, stable: np.ndarray) -> np.ndarray:
     safe = np.where(stable[..., None, None], maps, 0.0)
     moments = np.linalg.solve(np.eye(4) - safe, source[..., None])[..., 0]
     return np.where(stable, np.maximum(moments[..., 0].real, 0.0) * noise, np.inf)
@@ -50,18 +54,12 @@ def disagreement_variance(topology: Topology, rule: LocalRule, x: np.ndarray, no
     """
     modes = disagreement_modes(topology)
     if topology.kind == "random-pairing":
-        mubar = modes[0, :1]
-        maps = second_moment_map(mubar, x, rule)
-        at = [rule.matrices(np.asarray(m), x)[1] for m in (0.0, 1.0)]
-        stable = growth(topology, rule, x) < EDGE
-        if rule.order == "atc":  # the noise is mixed by the same projection: E b b^T is linear in mubar
-            sources = [np.einsum("...i,...k->...ik", b, b).reshape(-1, 4) for b in at]
-            source = sources[0] + mubar[:, None] * (sources[1] - sources[0])
-            safe = np.where(stable[:, None, None], maps, 0.0)
-            moments = np.linalg.solve(np.eye(4) - safe, source[..., None])[..., 0, 0]
-            variance = np.where(stable, np.maximum(moments, 0.0) * noise, np.inf)
-        else:
-            variance = _solve(maps, at[0], noise, stable)
+        mubar, gamma = modes[0, :1], topology.gamma
+        maps = second_moment_map(mubar, x, rule, gamma)
+        # ATC's noise is mixed by the same matrix: E b b^T is the mean of its two ends (theory.modes.second_moment_map), elsewhere equal
+        ends = [_outer(rule.matrices(np.asarray(m), x)[1]) for m in (1.0 - gamma, 1.0)]
+        source = ends[0] + share_of_one(mubar, gamma)[:, None] * (ends[1] - ends[0])
+        variance = _solve(maps, source, noise, growth(topology, rule, x) < EDGE)
         return np.broadcast_to(variance, (modes.shape[1], len(x))).copy()
     if len(modes) == 1:
         return stationary_variance(modes[0][:, None], x[None, :], noise[None, :], rule)
@@ -77,7 +75,7 @@ def _periodic(modes: np.ndarray, x: np.ndarray, noise: np.ndarray, rule: LocalRu
     for mu in modes:
         a, b = rule.matrices(mu[:, None], x[None, :])
         maps.append(np.einsum("...ij,...kl->...ikjl", a, np.conj(a)).reshape(*shape, 4, 4))
-        sources.append(np.einsum("...i,...k->...ik", b, np.conj(b)).reshape(*shape, 4))
+        sources.append(_outer(b))
         total_map = maps[-1] @ total_map
         total_source = (maps[-1] @ total_source[..., None])[..., 0] + sources[-1]
     stable = np.abs(np.linalg.eigvals(total_map)).max(-1) < EDGE

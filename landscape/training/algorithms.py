@@ -5,7 +5,7 @@ gradients, update locally, finish the exchange. What differs between algorithms 
 stands among them:
 
     SSGD      x_j = w_a               g <- mean g          w_j <- w_a - alpha u(g)
-    SSGD*     x_j = w_a + zeta_j      g <- mean g          w_j <- w_a - alpha u(g)
+    SSGD*     x_j = w_a + zeta_j      g <- mean g + xi     w_j <- w_a - alpha u(g)
     AWC       x_j = w_j                                    w_j <- (M w)_j - alpha u(g_j)
     ATC       x_j = w_j                                    w   <- M (w - alpha u(g))
     CTA       x_j = v_j = (M w)_j                          w_j <- v_j - alpha u(g_j)
@@ -82,6 +82,7 @@ def take_step(
     learning_rates: Tensor,
     mixing: Tensor | None,
     noise: Tensor | None = None,
+    gradient_noise: Tensor | None = None,
 ) -> tuple[LearnerState, Evaluation]:
     """Advance every learner by one step.
 
@@ -95,6 +96,7 @@ def take_step(
         learning_rates: alpha of each learner (L, 1), schedule included.
         mixing: M, (n, n) or (R, n, n); None but for DPSGD.
         noise: zeta (L, d); SSGD*'s only.
+        gradient_noise: xi (L, d), alike for the learners of a replica; SSGD*'s only.
     """
     weights = state.params
     if algorithm == "dpsgd":
@@ -112,6 +114,8 @@ def take_step(
     else:
         evaluation = evaluate(weights if noise is None else weights + noise)
         mean = communicator.mean(evaluation.gradients)
+        if gradient_noise is not None:
+            mean = mean + gradient_noise
         direction, momentum = update.direction(mean, weights, state.momentum, state.step)
         params = torch.addcmul(weights, direction, learning_rates, value=-1)
     return LearnerState(params, evaluation.buffers, momentum, state.step + 1), evaluation

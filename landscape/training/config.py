@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
 
 from landscape.training.algorithms import ALGORITHMS, ORDERS, Algorithm, Order
+from landscape.training.noise import DRIFTS, PLACES, SHAPES, NoiseDrift, NoisePlace, NoiseShape
 from landscape.training.schedule import parse_schedule
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
@@ -44,9 +46,25 @@ class TrainConfig:
     schedule: str = "constant"
     """Learning-rate schedule: [warmup:K[:START]+]constant | step:S1,S2,...[:FACTOR] | cosine[:FLOOR]."""
     sigma0: float | str = 0.0
-    """SSGD*: standard deviation of the weight noise; or a DPSGD run's directory, to match its recorded sigma_w(t)."""
+    """SSGD*: standard deviation of the weight noise; or a DPSGD run's directory, to match its recorded sigma_w(t), or its checkpoints
+    as the following flags say; or a profile (.safetensors) that was calibrated on one."""
+    noise_place: NoisePlace = "weights"
+    """SSGD* matched to a run: noise on the weights like its deviations, or on the gradient like its landscape-dependent noise."""
+    noise_shape: NoiseShape = "isotropic"
+    """What the matched noise keeps: the total variance (isotropic), that of each layer, of each coordinate (diagonal), or the whole
+    covariance (low-rank)."""
+    noise_drift: NoiseDrift = "as-noise"
+    """Noise on the gradient: the mean of the run's landscape noise is part of the noise (as-noise), removed, added beside the noise,
+    or added alone."""
+    noise_every: int = 0
+    """Steps between refreshes of the matched noise from the run's checkpoints; 0: at all of them, or for isotropic noise on the
+    weights along the recorded sigma_w(t)."""
+    noise_zero_sum: bool = False
+    """SSGD*: let the learners' weight noises sum to zero, as DPSGD's deviations do, each with the same covariance."""
     gamma: float = 1.0
     """Controlled disagreement: mix with (1 - gamma) I + gamma M."""
+    gamma_schedule: str = "constant"
+    """A factor on gamma over the steps, written like --schedule; gamma must stay in [0, 1]."""
     checkpoint_every: int = 50
     """Steps between checkpoints; 0 keeps the first and the last only."""
     log_every: int = 10
@@ -104,11 +122,60 @@ class TrainConfig:
             )
         if self.algorithm != "ssgd-star" and not isinstance(self.sigma0, str):
             require(self.sigma0 == 0, "sigma0", "is for ssgd-star only")
+        found += self._noise_problems()
         try:
             parse_schedule(self.schedule, self.num_steps)
         except ValueError as error:
             found.append(("schedule", str(error)))
+        try:
+            low, high = self.gamma_range
+            require((low >= 0 and high <= 1) or not 0 <= self.gamma <= 1, "gamma_schedule",
+                    f"takes gamma to {high:g}; it must stay in [0, 1]")  # fmt: skip
+        except ValueError as error:
+            found.append(("gamma_schedule", str(error)))
         return found
+
+    def _noise_problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the noise of SSGD*, by field."""
+        found: list[tuple[str, str]] = []
+        for name, known in (("noise_place", PLACES), ("noise_shape", SHAPES), ("noise_drift", DRIFTS)):
+            value = getattr(self, name)
+            if value not in known:
+                found.append((name, f"must be one of {', '.join(known)}, not {value!r}"))
+            elif value != known[0] and not isinstance(self.sigma0, str):
+                found.append((name, f"{value} is for ssgd-star with sigma0 naming the run to match"))
+        if self.noise_every < 0:
+            found.append(("noise_every", f"must not be negative, not {self.noise_every}"))
+        elif self.noise_every and not isinstance(self.sigma0, str):
+            found.append(("noise_every", "is for ssgd-star with sigma0 naming the run to match"))
+        if self.noise_drift != "as-noise" and self.noise_place != "gradient":
+            found.append(("noise_drift", "is for noise on the gradient; deviations of the weights have no mean"))
+        if self.noise_zero_sum and (self.algorithm != "ssgd-star" or self.noise_place != "weights"):
+            found.append(("noise_zero_sum", "is for ssgd-star with noise on the weights"))
+        elif self.noise_zero_sum and self.num_learners < 2:
+            found.append(("noise_zero_sum", "needs at least 2 learners"))
+        return found
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether SSGD*'s noise comes from a profile, and not from a number or a recorded sigma_w(t)."""
+        if not isinstance(self.sigma0, str):
+            return False
+        chosen = (self.noise_place, self.noise_shape, self.noise_every) != ("weights", "isotropic", 0)
+        return chosen or self.sigma0.endswith(".safetensors")
+
+    def gamma_at(self, step: int) -> float:
+        """gamma(t) of the step that is about to be taken."""
+        return self.gamma * parse_schedule(self.gamma_schedule, self.num_steps)(step)
+
+    @property
+    def gamma_range(self) -> tuple[float, float]:
+        """The smallest and the largest gamma(t) of the run."""
+        # schedules are monotone between the numbers that they name, so these and the ends are enough
+        last = max(self.num_steps - 1, 0)
+        named = [int(m) for m in re.findall(r"\d+", self.gamma_schedule)]
+        values = [self.gamma_at(t) for t in (0, last, *named) if t <= last]
+        return min(values), max(values)
 
     @property
     def torch_dtype(self) -> torch.dtype:

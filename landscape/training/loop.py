@@ -5,6 +5,7 @@ Shapes: R replicas (seeds, learning rates) of n learners each, L = R n, replica-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,9 +22,11 @@ from landscape.tasks import Task
 from landscape.training.algorithms import Evaluation, LocalUpdate, take_step
 from landscape.training.communicator import Communicator, StackedCommunicator
 from landscape.training.config import TrainConfig
+from landscape.training.noise import NoiseProfile
 from landscape.training.schedule import parse_schedule
 from landscape.training.state import LearnerState
 from landscape.training.topology import Topology
+from landscape.training.topology import controlled_disagreement as controlled_disagreement
 
 EXAMPLES_PER_CHUNK = {"cpu": 8192, "cuda": 1 << 17}
 """Examples gathered and differentiated at once: fits the cache of a CPU, fills a GPU."""
@@ -53,6 +56,7 @@ class Program:
         seeds: one a replica.
         learning_rates: base rate of each replica.
         sigma0: SSGD*'s noise level, (T,) or (R, T) over the steps; by default the config's constant.
+        profiles: SSGD*'s matched noise instead, one profile a replica, all in the same place.
         batched: False forces the fallback of `FunctionalModel`.
         communicator: the backend; stacked by default.
     """
@@ -67,6 +71,7 @@ class Program:
         seeds: Sequence[int] | None = None,
         learning_rates: Sequence[float] | None = None,
         sigma0: np.ndarray | None = None,
+        profiles: Sequence[NoiseProfile] | None = None,
         batched: bool = True,
         communicator: Communicator | None = None,
     ) -> None:
@@ -94,13 +99,16 @@ class Program:
         self._rates = torch.tensor(rates, dtype=self.dtype, device=self.device).repeat_interleave(config.num_learners)[
             :, None
         ]
-        self._static = torch.as_tensor(self._damped(topology.matrices[0]), dtype=self.dtype, device=self.device)
+        self.gamma_schedule = parse_schedule(config.gamma_schedule, config.num_steps)
+        self._static: tuple[float, Tensor] | None = None
         level = (
             np.full((1, 1), config.sigma0 if isinstance(config.sigma0, float | int) else 0.0)
             if sigma0 is None
             else np.atleast_2d(sigma0)
         )
         self._sigma0 = np.broadcast_to(level, (len(self.seeds), max(level.shape[1], 1)))
+        self._profiles = [p.to(self.device, self.dtype) for p in profiles or ()]
+        self._check_profiles()
         self._chunk = max(1, EXAMPLES_PER_CHUNK.get(self.device.type, 8192) // config.local_batch_size)
 
     @property
@@ -117,31 +125,82 @@ class Program:
         return LearnerState.replicated(weights, buffers, self.config.num_learners, momentum=self.config.momentum > 0)
 
     def mixing(self, step: int) -> Tensor:
-        """M(t) of the step, (n, n), or (R, n, n) where it depends on the seed."""
+        """(1 - gamma) I + gamma M of the step, (n, n), or (R, n, n) where it depends on the seed."""
+        gamma = self.config.gamma * self.gamma_schedule(step)
         if self.topology.is_static:
-            return self._static
+            if self._static is None or self._static[0] != gamma:
+                self._static = gamma, self._damped(self.topology.matrices[0], gamma)
+            return self._static[1]
         if self.topology.kind == "periodic":
-            matrices = self.topology.matrix(0, step)
-        else:
-            by_seed = {s: self.topology.matrix(s, step) for s in dict.fromkeys(self.seeds)}
-            matrices = np.stack([by_seed[s] for s in self.seeds])
-        return torch.as_tensor(self._damped(matrices), dtype=self.dtype, device=self.device)
+            return self._damped(self.topology.matrix(0, step), gamma)
+        by_seed = {s: self.topology.matrix(s, step) for s in dict.fromkeys(self.seeds)}
+        return self._damped(np.stack([by_seed[s] for s in self.seeds]), gamma)
 
-    def _damped(self, matrix: np.ndarray) -> np.ndarray:
-        return controlled_disagreement(matrix, self.config.gamma)
+    def _damped(self, matrix: np.ndarray, gamma: float) -> Tensor:
+        return torch.as_tensor(controlled_disagreement(matrix, gamma), dtype=self.dtype, device=self.device)
+
+    def noise_level(self, step: int, replica: int = 0) -> float | None:
+        """sigma_0 of the step: standard deviation of the noise on the weights, or None where no single number tells that noise."""
+        if self.config.algorithm != "ssgd-star" or self._noise_place == "gradient":
+            return 0.0
+        if self.config.noise_zero_sum:
+            return None
+        if self._profiles:
+            profile = self._profiles[replica]
+            at = profile.index(step)
+            return None if profile.shape != "isotropic" else float(profile.factors[at, 0]) if at >= 0 else 0.0
+        return float(self._levels(step)[replica])
+
+    def _levels(self, step: int) -> np.ndarray:
+        """sigma_0 of each replica, (R,)."""
+        return np.asarray(self._sigma0[:, min(step, self._sigma0.shape[1] - 1)])
 
     def noise(self, step: int) -> Tensor | None:
         """SSGD*'s zeta (L, d) of the step, or None where there is none."""
-        levels = self._sigma0[:, min(step, self._sigma0.shape[1] - 1)]
-        if self.config.algorithm != "ssgd-star" or not levels.any():
+        profiles = self._profiles if self._noise_place == "weights" else []
+        levels = self._levels(step)
+        if self.config.algorithm != "ssgd-star" or not (profiles or levels.any()):
             return None
         n, d = self.config.num_learners, self.model.layout.num_parameters
         zeta = torch.empty(self.num_replicas * n, d, dtype=self.dtype, device=self.device)
         for r, seed in enumerate(self.seeds):
             for j in range(n):
                 generator = streams.torch_generator("weight noise", seed, j, step, device=self.device)
-                zeta[r * n + j].normal_(0.0, float(levels[r]), generator=generator)
-        return zeta
+                if profiles:
+                    zeta[r * n + j] = profiles[r].sample(step, generator)
+                else:
+                    zeta[r * n + j].normal_(0.0, float(levels[r]), generator=generator)
+        return sum_to_zero(zeta, n) if self.config.noise_zero_sum else zeta
+
+    def gradient_noise(self, step: int) -> Tensor | None:
+        """SSGD*'s xi (L, d) of the step, alike for the learners of a replica, or None where there is none."""
+        if self._noise_place != "gradient":
+            return None
+        drawn = [
+            profile.sample(step, streams.torch_generator("gradient noise", seed, step, device=self.device))
+            for profile, seed in zip(self._profiles, self.seeds, strict=True)
+        ]
+        return torch.stack(drawn).repeat_interleave(self.config.num_learners, dim=0)
+
+    @property
+    def _noise_place(self) -> str | None:
+        """Where the profiles' noise stands."""
+        return self._profiles[0].place if self._profiles and self.config.algorithm == "ssgd-star" else None
+
+    def _check_profiles(self) -> None:
+        d = self.model.layout.num_parameters
+        if self.config.is_calibrated and not self._profiles:
+            raise ValueError(
+                f"sigma0 names {self.config.sigma0} to match, so the program needs noise profiles; `landscape.train` makes them"
+            )
+        if self._profiles and len(self._profiles) != self.num_replicas:
+            raise ValueError(f"{self.num_replicas} replicas, but {len(self._profiles)} noise profiles")
+        for profile in self._profiles:
+            if profile.num_parameters != d or profile.place != self._profiles[0].place:
+                raise ValueError(
+                    f"a noise profile for {profile.num_parameters} parameters on the {profile.place} does not fit: "
+                    f"the model has {d} parameters, and the first profile is on the {self._profiles[0].place}"
+                )
 
     def step(self, state: LearnerState, alive: Tensor) -> tuple[LearnerState, StepRecord]:
         """One step of every replica that is alive; the others are frozen at their last finite weights.
@@ -165,6 +224,7 @@ class Program:
             learning_rates=self._rates * self.schedule(state.step),
             mixing=self.mixing(state.step) if self.config.algorithm == "dpsgd" else None,
             noise=self.noise(state.step),
+            gradient_noise=self.gradient_noise(state.step),
         )
         finite = torch.isfinite(evaluation.losses) & torch.isfinite(new.params.sum(1))  # gradients' too, then
         alive = alive & finite.unflatten(0, (-1, self.config.num_learners)).all(1)
@@ -192,9 +252,14 @@ class Program:
         return Evaluation(losses, gradients, buffers)
 
 
-def controlled_disagreement(matrix: np.ndarray, gamma: float) -> np.ndarray:
-    """(1 - gamma) I + gamma M, for one matrix or a stack of them."""
-    return (1 - gamma) * np.eye(matrix.shape[-1]) + gamma * matrix if gamma != 1 else matrix
+def sum_to_zero(noise: Tensor, num_learners: int) -> Tensor:
+    """Independent noises (L, d) of equal covariance less their mean over each replica's learners, times sqrt(n/(n - 1)).
+
+    Each keeps its covariance, and any two are correlated by -1/(n - 1), as deviations from a common mean are.
+    """
+    by_replica = noise.unflatten(0, (-1, num_learners))
+    scale = math.sqrt(num_learners / (num_learners - 1))
+    return (scale * (by_replica - by_replica.mean(1, keepdim=True))).flatten(0, 1)
 
 
 def averaged_models(state: LearnerState, num_learners: int) -> tuple[Tensor, Buffers]:

@@ -1,14 +1,15 @@
 """Who mixes with whom: doubly stochastic matrices M, fixed or varying with the step (theory.md sec. 2).
 
 Undirected graphs get Metropolis-Hastings weights, M_jk = 1/(1 + max(deg_j, deg_k)), which is 1/(deg + 1) on regular
-graphs. Exponential graphs are directed; random pairing and the one-peer exponential graph vary with the step.
+graphs. Exponential graphs are directed; random pairing and the one-peer exponential graph vary with the step. Any of them
+can be damped to (1 - gamma) I + gamma M(t), controlled disagreement (arXiv 2602.02899).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,17 +31,31 @@ class Topology:
         num_learners: n.
         kind: "static" (one matrix), "periodic" (cycled through), or "random-pairing" (a fresh uniform matching a step).
         matrices: the matrices (period, n, n); for random pairing the mean matrix, for reference.
+        gamma: of controlled disagreement, see `damped`; `matrices` are damped already.
     """
 
     name: str
     num_learners: int
     kind: Kind
     matrices: np.ndarray
+    gamma: float = 1.0
+
+    def damped(self, gamma: float | int) -> Topology:
+        """The same with (1 - gamma) I + gamma M(t) in place of M(t): controlled disagreement (arXiv 2602.02899).
+
+        Every graph mode mu becomes 1 - gamma (1 - mu); damping twice multiplies the gammas.
+
+        >>> topology("complete", 2).damped(0.5).matrix(0, 0).tolist()
+        [[0.75, 0.25], [0.25, 0.75]]
+        """
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], not {gamma}")
+        return replace(self, matrices=controlled_disagreement(self.matrices, gamma), gamma=self.gamma * gamma)
 
     def matrix(self, seed: int, step: int) -> np.ndarray:
         """M at a step, (n, n) float64: a pure function of (seed, step)."""
         if self.kind == "random-pairing":
-            return _pairing(self.num_learners, seed, step)
+            return controlled_disagreement(_pairing(self.num_learners, seed, step), self.gamma)
         return np.asarray(self.matrices[step % len(self.matrices)])
 
     @property
@@ -83,6 +98,11 @@ class Topology:
             "spectral_gap": self.gap(),
             "mu_min": smallest,
         }
+
+
+def controlled_disagreement(matrix: np.ndarray, gamma: float | int) -> np.ndarray:
+    """(1 - gamma) I + gamma M, for one matrix or a stack of them."""
+    return (1 - gamma) * np.eye(matrix.shape[-1]) + gamma * matrix if gamma != 1 else matrix
 
 
 def check_doubly_stochastic(matrix: np.ndarray, name: str) -> np.ndarray:

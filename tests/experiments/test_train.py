@@ -31,7 +31,7 @@ from landscape.experiments.interrupt import Interruptible
 from landscape.experiments.train import matched_sigma0, outcome, train
 from landscape.models import mlp
 from landscape.tasks import Task
-from landscape.training import TrainConfig
+from landscape.training import TrainConfig, topology
 
 BASE: dict[str, Any] = {
     "num_learners": 4,
@@ -564,3 +564,36 @@ def test_a_run_killed_twenty_times_ends_as_if_it_never_was(tmp_path: Path) -> No
     assert whole.steps == list(range(121))
     assert_same_training(killed, whole)
     assert not list((tmp_path / "killed").rglob(".writing-*"))
+
+
+# What a checkpoint tells of the step that follows --------------------------------------------------------------------
+
+
+def test_facts_tell_where_the_next_step_takes_its_gradients(tiny_task: Task, tmp_path: Path) -> None:
+    cta = dataclasses.replace(CONFIGS["dpsgd-float64"], gamma=0.5, gamma_schedule="step:10:0.5")
+    run = train(tiny_task, cta, tmp_path / "cta", quiet=True)
+    for step in run.steps:
+        damped = topology("one-peer-exponential", 4).damped(0.5 if step < 10 else 0.25)
+        assert run.learners(step).facts["mixing"] == damped.matrix(2, step).tolist()
+    star = train(tiny_task, CONFIGS["ssgd-star"], tmp_path / "star", quiet=True)
+    assert [star.learners(s).facts["sigma0"] for s in star.steps] == [0.05] * 5
+    matched = train(
+        tiny_task, dataclasses.replace(CONFIGS["ssgd-star"], sigma0=str(run.path)), tmp_path / "matched", quiet=True
+    )
+    levels = matched_sigma0(str(run.path), 18)
+    assert [matched.learners(s).facts["sigma0"] for s in matched.steps] == levels[matched.steps].tolist()
+    for name in ("ssgd", "dpsgd"):
+        other = train(tiny_task, CONFIGS[name], tmp_path / name, quiet=True)
+        assert not {"mixing", "sigma0"} & set(other.learners(5).facts)
+
+
+def test_thresholds_are_those_of_the_damped_mixing(
+    tiny_task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig("dpsgd", 0.2, **{**BASE, "num_steps": 1}, gamma=0.5)
+    run = train(tiny_task, config, tmp_path / "run")
+    assert "gamma 0.5" in capsys.readouterr().err
+    assert run.record["topology"]["thresholds"] == pytest.approx({"mean": 2, "disagreement": 2 - 0.5 * 4 / 3})
+    np.testing.assert_array_equal(np.asarray(run.record["topology"]["matrices"]), topology("ring", 4).matrices)
+    with pytest.raises(ValueError, match=r"topology ring is damped by gamma 0\.5; give gamma in the configuration"):
+        train(tiny_task, config, tmp_path / "other", topology=topology("ring", 4).damped(0.5), quiet=True)

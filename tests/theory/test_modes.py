@@ -191,6 +191,56 @@ def test_the_second_moment_map_is_linear_in_the_mean_mode() -> None:
         np.testing.assert_allclose(end, [np.kron(m, m) for m in a], rtol=1e-14, atol=1e-15)
 
 
+# Controlled disagreement -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["ring", "exponential", "one-peer-exponential", "random-pairing"])
+def test_damping_pulls_every_mode_towards_one(name: str, gamma: float) -> None:
+    graph = topology(name, 6)
+    expected = 1 - gamma * (1 - disagreement_modes(graph))
+    assert_same_columns(disagreement_modes(graph.damped(gamma)), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "graph", [topology("ring", 5), topology("one-peer-exponential", 6), NOT_NORMAL], ids=lambda t: t.name
+)
+def test_growth_under_damping_is_that_of_the_whole_step(
+    graph: Topology, order: str, rule: str, step_matrix: Callable
+) -> None:
+    x, gamma = np.array([-0.4, 1e-3, 0.3, 1.6, 6.0]), 0.35
+    expected = []
+    for value in x:
+        steps = [
+            step_matrix((1 - gamma) * np.eye(len(m)) + gamma * m, value, order=order, **RULES[rule])
+            for m in graph.matrices
+        ]
+        period = np.linalg.multi_dot([*steps[::-1], np.eye(len(steps[0]))])
+        expected.append(np.abs(np.linalg.eigvals(period)).max() ** (1 / len(steps)))
+    found = growth(graph.damped(gamma), LocalRule(order, **RULES[rule]), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("n", "gamma"), [(4, 0.5), (5, 0.2), (4, 0.0)])
+def test_growth_under_damped_pairing_is_that_of_the_second_moments(
+    n: int, gamma: float, order: str, rule: str, step_matrix: Callable
+) -> None:
+    """Against E[A kron A] over all matchings, each damped, on the disagreement of all learners at once."""
+    x = np.array([-0.4, 1e-3, 0.3, 1.1, 2.5])
+    expected = []
+    for value in x:
+        damped = [(1 - gamma) * np.eye(n) + gamma * m for m in pairing_matrices(n)]
+        steps = [step_matrix(m, value, order=order, **RULES[rule]) for m in damped]
+        mean = sum(np.kron(a, a) for a in steps) / len(steps)
+        expected.append(math.sqrt(np.abs(np.linalg.eigvals(mean)).max()))
+    found = growth(topology("random-pairing", n).damped(gamma), LocalRule(order, **RULES[rule]), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-5)
+
+
 def test_metropolis_modes_lie_inside_the_unit_interval() -> None:
     for graph in itertools.islice(nx.graph_atlas_g(), 60, 120):
         if graph.number_of_nodes() > 1 and nx.is_connected(graph):

@@ -169,6 +169,30 @@ def test_thresholds_by_algorithm() -> None:
     assert found["disagreement"] == disagreement_threshold(ring, LocalRule("cta", 0.5, nesterov=True))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_thresholds_see_the_damping(order: str) -> None:
+    """AWC: 1 + mu_min of the damped matrix; nothing mixed at gamma = 0 leaves each learner's own threshold."""
+    ring, gamma = topology("ring", 6), 0.25
+    rule = LocalRule(order)
+    assert disagreement_threshold(ring.damped(0), rule) == pytest.approx(2, rel=1e-9)
+    if order == "awc":
+        assert disagreement_threshold(ring.damped(gamma), rule) == pytest.approx(2 - gamma * 4 / 3, rel=1e-9)
+    found = learning_rate_thresholds(ring, "dpsgd", order, gammas=(gamma, 1.0))
+    ends = [disagreement_threshold(ring.damped(g), rule) for g in (gamma, 1.0)]
+    assert found["disagreement"] == min(ends)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_of_a_gamma_that_varies_the_smallest_threshold_is_at_an_end(order: str, rule: str) -> None:
+    for graph in (topology("star", 6), topology("exponential", 6), topology("random-pairing", 6)):
+        found = [
+            disagreement_threshold(graph.damped(g), LocalRule(order, **RULES[rule])) for g in (0.1, 0.35, 0.7, 1.0)
+        ]
+        for inner in found[1:-1]:
+            assert inner >= min(found[0], found[-1]) * (1 - 1e-9)
+
+
 @pytest.mark.parametrize(
     "name", ["ring", "complete", "torus", "hypercube", "star", "exponential", "one-peer-exponential", "random-pairing"]
 )

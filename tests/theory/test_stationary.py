@@ -9,7 +9,7 @@ import pytest
 
 from landscape.theory.modes import LocalRule, disagreement_modes, growth
 from landscape.theory.stationary import disagreement_variance, predicted_consensus, stationary_variance
-from landscape.training.topology import Topology, from_matrix, topology
+from landscape.training.topology import Topology, controlled_disagreement, from_matrix, topology
 
 ORDERS = ("awc", "atc", "cta")
 BETA = 0.6
@@ -23,6 +23,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 RING, DIRECTED = topology("ring", 6), topology("exponential", 6)
 ONE_PEER, PAIRING = topology("one-peer-exponential", 6), topology("random-pairing", 6)
+PAIRING_4, DAMPED = topology("random-pairing", 4), PAIRING.damped(0.6)
 
 
 def variance(mu: Any, x: Any, rule: LocalRule, noise: float = 1.0) -> np.ndarray:
@@ -165,6 +166,35 @@ def test_variances_solve_the_lyapunov_equation_of_all_learners(
         assert found.sum() == pytest.approx(np.mean(traces[-len(steps) :]), rel=1e-8)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_variances_under_damped_pairing_solve_the_mean_lyapunov_equation(
+    order: str, rule: str, step_matrix: Callable, quadratic_step: Callable
+) -> None:
+    """E over all matchings of four learners of A Sigma A^T + b b^T, iterated to its fixed point."""
+    n, gamma = 4, 0.4
+    matchings = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 3), (1, 2)]]
+    basis = np.linalg.svd(np.ones((1, n)))[2][1:].T
+    for x in (0.05, 0.4):
+        maps, source = [], np.zeros((2 * n - 2, 2 * n - 2))
+        for pairs in matchings:
+            matrix = (1 - gamma) * np.eye(n)
+            for a, b in pairs:
+                matrix[np.ix_((a, b), (a, b))] += gamma / 2
+            maps.append(step_matrix(matrix, x, order=order, **RULES[rule]))
+            blank = np.zeros((n, n))
+            moved = quadratic_step(blank, blank, matrix, np.full(n, x), np.eye(n), order=order, **RULES[rule])
+            gain = np.concatenate([basis.T @ moved[0], basis.T @ moved[1]])
+            source += gain @ gain.T / len(matchings)
+        covariance = np.zeros_like(source)
+        for _ in range(800):
+            covariance = sum(a @ covariance @ a.T for a in maps) / len(maps) + source
+        found = disagreement_variance(
+            PAIRING_4.damped(gamma), LocalRule(order, **RULES[rule]), np.array([x]), np.ones(1)
+        )
+        assert found.sum() == pytest.approx(np.trace(covariance[: n - 1, : n - 1]), rel=1e-8)
+
+
 # Simulations ---------------------------------------------------------------------------------------------------------
 
 CURVATURES = np.array([-0.02, 0.0, 0.2, 0.5])
@@ -191,7 +221,9 @@ def simulate(graph: Topology, rule: LocalRule, step: Callable, replicas: int = 4
     period = len(graph.matrices)
     kept = []
     for t in range((burn // period + 1) * period + period):
-        matrix = random_pairings(rng, replicas, n) if graph.kind == "random-pairing" else graph.matrix(0, t)
+        matrix = graph.matrix(0, t)
+        if graph.kind == "random-pairing":
+            matrix = controlled_disagreement(random_pairings(rng, replicas, n), graph.gamma)
         noise = np.sqrt(NOISE) * rng.standard_normal(weights.shape)
         weights, buffers = step(weights, buffers, matrix, CURVATURES, noise, order=rule.order, momentum=rule.momentum,
                                 dampening=rule.dampening, nesterov=rule.nesterov)  # fmt: skip
@@ -208,7 +240,7 @@ def assert_within_errors(samples: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("rule", ["plain", "momentum"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("graph", [RING, DIRECTED, ONE_PEER, PAIRING], ids=lambda t: t.name)
+@pytest.mark.parametrize("graph", [RING, DIRECTED, ONE_PEER, PAIRING, DAMPED], ids=lambda t: f"{t.name}-{t.gamma:g}")
 def test_simulated_training_on_a_quadratic_matches_the_prediction(
     graph: Topology, order: str, rule: str, quadratic_step: Callable
 ) -> None:

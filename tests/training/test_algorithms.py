@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import warnings
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from landscape.training import LearnerState, Program, Topology, TrainConfig, top
 from landscape.training.algorithms import gradient_points
 from landscape.training.communicator import StackedCommunicator
 from landscape.training.loop import consensus_distances, controlled_disagreement, replica_means
+from landscape.training.noise import SHAPES, NoiseProfile, noise_factors
 from landscape.training.schedule import parse_schedule
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -162,6 +164,19 @@ def test_controlled_disagreement_mixes_with_part_of_m(tiny_task: Task, name: str
     torch.testing.assert_close(advance(program)[-1].params, expected[-1], **EXACT)
 
 
+@pytest.mark.parametrize("graph_name", ["ring", "random-pairing", "one-peer-exponential"])
+def test_a_scheduled_gamma_mixes_with_its_value_at_each_step(tiny_task: Task, graph_name: str) -> None:
+    config = make_config(topology=graph_name, gamma=0.8, gamma_schedule="step:2:0.25", **ALGORITHMS["cta"])
+    program = make_program(tiny_task, config)
+    states = advance(program)
+    for before, after in itertools.pairwise(states):
+        gamma = 0.8 if before.step < 2 else 0.2
+        constant = make_program(tiny_task, dataclasses.replace(config, gamma=gamma, gamma_schedule="constant"))
+        assert torch.equal(constant.step(before, torch.ones(1, dtype=torch.bool))[0].params, after.params)
+        matrix = program.topology.damped(gamma).matrix(0, before.step)
+        assert np.array_equal(program.mixing(before.step).squeeze(0).numpy(), matrix)
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_learner_is_plain_sgd(tiny_task: Task, name: str) -> None:
@@ -276,6 +291,91 @@ def test_the_weight_noise_follows_its_levels_over_the_steps(tiny_task: Task) -> 
     assert program.noise(0) is None
     for step, level in ((1, 1.0), (2, 3.0), (4, 3.0)):
         torch.testing.assert_close(program.noise(step), level * unit.noise(step), **EXACT)
+
+
+LAYERS = (35, 18)
+"""Of the 6-5-3 network."""
+
+
+def make_profile(place: str, shape: str, level: float = 0.3) -> NoiseProfile:
+    rows = level * torch.randn(3, 53, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    factors = torch.stack([noise_factors(scale * rows, shape, LAYERS) for scale in (0.0, 1.0)])  # type: ignore[arg-type]
+    return NoiseProfile((0, 2), place, shape, factors, LAYERS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("zero_sum", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_profile_on_the_weights_moves_the_gradient_points(tiny_task: Task, shape: str, zero_sum: bool) -> None:
+    config = make_config(
+        algorithm="ssgd-star", sigma0="a run", noise_shape=shape, noise_zero_sum=zero_sum, momentum=0.5
+    )
+    program = make_program(tiny_task, config, profiles=[make_profile("weights", shape)])
+    noise = [program.noise(t) for t in range(STEPS)]
+    assert noise[0] is not None
+    assert not noise[1].any()
+    assert len({row.numpy().tobytes() for row in noise[2]}) == 4
+    assert float(noise[2].sum(0).abs().max() < 1e-12) == zero_sum
+    assert program.gradient_noise(2) is None
+    for state, weights in zip(advance(program), plain_loop(tiny_task, config, program.topology, noise), strict=True):
+        torch.testing.assert_close(state.params, weights, **EXACT)
+
+
+@pytest.mark.parametrize("optimiser", ["plain", "nesterov"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_profile_on_the_gradient_is_added_to_the_mean_gradient(tiny_task: Task, shape: str, optimiser: str) -> None:
+    config = make_config(
+        algorithm="ssgd-star", sigma0="a run", noise_place="gradient", noise_shape=shape, **OPTIMISERS[optimiser]
+    )
+    program = make_program(tiny_task, config, profiles=[make_profile("gradient", shape)])
+    plain = make_program(tiny_task, dataclasses.replace(config, algorithm="ssgd", sigma0=0.0, noise_place="weights", noise_shape="isotropic"))  # fmt: skip
+    alive, factor = torch.ones(1, dtype=torch.bool), 1 + config.momentum if config.nesterov else 1
+    for before, after in itertools.pairwise(advance(program)):
+        assert program.noise(before.step) is None
+        xi = program.gradient_noise(before.step)
+        assert torch.equal(xi, xi[:1].expand_as(xi))
+        assert bool(xi.any()) == (before.step >= 2)
+        quiet = plain.step(before, alive)[0]
+        torch.testing.assert_close(after.params, quiet.params - 0.3 * factor * xi, **EXACT)
+
+
+def test_replicas_have_profiles_of_their_own(tiny_task: Task) -> None:
+    config = make_config(algorithm="ssgd-star", sigma0="a run", noise_place="gradient", noise_shape="layer")
+    profiles = [make_profile("gradient", "layer", level) for level in (0.1, 0.4)]
+    together = advance(make_program(tiny_task, config, seeds=(0, 5), profiles=profiles))[-1]
+    for r, seed in enumerate((0, 5)):
+        alone = make_program(tiny_task, dataclasses.replace(config, seed=seed), profiles=[profiles[r]])
+        torch.testing.assert_close(together.params[4 * r : 4 * r + 4], advance(alone)[-1].params, **EXACT)
+
+
+def test_profiles_that_do_not_fit_the_program_are_refused(tiny_task: Task) -> None:
+    config = make_config(algorithm="ssgd-star", sigma0="a run", noise_shape="layer")
+    short = NoiseProfile((0,), "weights", "layer", torch.ones(1, 1), (7,))
+    with pytest.raises(
+        ValueError, match="a noise profile for 7 parameters on the weights does not fit: the model has 53"
+    ):
+        make_program(tiny_task, config, profiles=[short])
+    with pytest.raises(ValueError, match="sigma0 names a run to match, so the program needs noise profiles"):
+        make_program(tiny_task, config)
+    with pytest.raises(ValueError, match="2 replicas, but 1 noise profiles"):
+        make_program(tiny_task, config, seeds=(0, 1), profiles=[make_profile("weights", "layer")])
+    mixed = [make_profile("weights", "layer"), make_profile("gradient", "layer")]
+    with pytest.raises(ValueError, match="on the gradient does not fit"):
+        make_program(tiny_task, config, seeds=(0, 1), profiles=mixed)
+
+
+def test_the_level_of_the_noise_where_a_number_tells_it(tiny_task: Task) -> None:
+    def level(step: int, profile: NoiseProfile | None = None, **changes: Any) -> float | None:
+        program = make_program(tiny_task, make_config(**changes), profiles=None if profile is None else [profile])
+        return program.noise_level(step)
+
+    star = {"algorithm": "ssgd-star", "sigma0": "a run"}
+    assert level(0, algorithm="ssgd-star", sigma0=0.25) == 0.25
+    assert level(0, algorithm="ssgd-star", sigma0=0.25, noise_zero_sum=True) is None
+    assert level(3, make_profile("gradient", "layer"), noise_place="gradient", noise_shape="layer", **star) == 0
+    assert level(3, make_profile("weights", "layer"), noise_shape="layer", **star) is None
+    isotropic = make_profile("weights", "isotropic")
+    assert level(3, isotropic, noise_every=2, **star) == pytest.approx(math.sqrt(isotropic.total_variance[1] / 53))
+    assert level(1, isotropic, noise_every=2, **star) == 0
 
 
 # Replicas ------------------------------------------------------------------------------------------------------------

@@ -303,6 +303,28 @@ def test_a_directed_doubly_stochastic_matrix_is_taken_as_it_is() -> None:
     assert np.array_equal(found.matrix(0, 9), shift)
 
 
+@pytest.mark.parametrize("name", ["ring", "exponential", "one-peer-exponential", "random-pairing"])
+def test_damping_mixes_with_part_of_every_matrix(name: str) -> None:
+    graph, eye = topology(name, 6), np.eye(6)
+    damped = graph.damped(0.3)
+    for step in range(4):
+        expected = 0.7 * eye + 0.3 * graph.matrix(5, step)
+        np.testing.assert_allclose(damped.matrix(5, step), expected, rtol=0, atol=1e-15)
+        check_doubly_stochastic(damped.matrix(5, step), name)
+    np.testing.assert_allclose(damped.mean_matrix, 0.7 * eye + 0.3 * graph.mean_matrix, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        np.sort_complex(damped.spectrum()), np.sort_complex(0.7 + 0.3 * graph.spectrum()), atol=1e-12
+    )
+    twice = damped.damped(0.5)
+    assert twice.gamma == pytest.approx(0.15)
+    np.testing.assert_allclose(twice.matrix(1, 3), graph.damped(0.15).matrix(1, 3), rtol=0, atol=1e-15)
+    assert np.array_equal(graph.damped(1).matrices, graph.matrices)
+    assert np.array_equal(graph.damped(0).matrix(0, 0), eye)
+    for gamma in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\], not"):
+            graph.damped(gamma)
+
+
 def test_the_summary_is_plain_json() -> None:
     import json
 

@@ -1,0 +1,101 @@
+"""What a run writes down as it goes: its metrics, its checkpoints, and a word at its start."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from landscape.checkpoints import open_run
+from landscape.checkpoints.writer import RunWriter
+from landscape.data.dataset import TensorData
+from landscape.tasks import Task
+from landscape.training.config import TrainConfig
+from landscape.training.evaluate import evaluate
+from landscape.training.loop import Program, averaged_models, consensus_distances
+from landscape.training.state import LearnerState
+
+CONVERGENCE_WINDOW = 50
+"""Steps at the end of a run on which convergence is judged (theory.md sec. 8)."""
+
+
+def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bool) -> dict[str, Any]:
+    """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread."""
+    n, d = program.config.num_learners, program.model.layout.num_parameters
+    mean, buffers = averaged_models(state, n)
+    train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train)
+    distance = float(consensus_distances(state.params.double(), n)[0])
+    entry: dict[str, Any] = {
+        "step": state.step,
+        "train_loss": float(train_loss[0]),
+        "train_accuracy": float(train_accuracy[0]),
+        "consensus_distance": distance,
+        "sigma_w": distance / math.sqrt(d),
+    }
+    if full:
+        loss, accuracy = evaluate(program.evaluation_model, mean, buffers, test)
+        each_loss, each_accuracy = evaluate(program.evaluation_model, state.params, state.buffers, test)
+        entry |= {
+            "test_loss": float(loss[0]),
+            "test_accuracy": float(accuracy[0]),
+            "learner_test_loss": each_loss.tolist(),
+            "learner_test_accuracy": each_accuracy.tolist(),
+        }
+    return entry
+
+
+def recent_losses(path: Path) -> list[float]:
+    """Training losses of w_a logged so far, on which convergence is judged: of a replay, those since it began."""
+    run = open_run(path)
+    if run.metrics.empty or "train_loss" not in run.metrics:
+        return []
+    own = run.metrics[run.metrics["step"] >= run.record.get("replayed", {}).get("step", 0)]
+    return [float(v) for v in own["train_loss"].dropna()][-CONVERGENCE_WINDOW:]
+
+
+def checkpoint(program: Program, state: LearnerState, writer: RunWriter) -> None:
+    """Write a checkpoint of a run, with what a measurement at it needs to know."""
+    config = program.config
+    facts = {
+        "algorithm": config.algorithm,
+        "order": config.order,
+        "learning_rate": config.learning_rate * program.schedule(state.step),
+        "local_batch_size": config.local_batch_size,
+        "seed": config.seed,
+        **_gradient_point_facts(program, state.step),
+    }
+    writer.save_checkpoint(state, program.model, facts)
+
+
+def _gradient_point_facts(program: Program, step: int) -> dict[str, Any]:
+    """What tells where the step that follows takes its gradients, beside the weights.
+
+    Under CTA "mixing", M of that step (n, n); for SSGD* "sigma0", the standard deviation of independent isotropic noise on the
+    weights. Other noise on the weights has no single number and is told by the run's profile.
+    """
+    config = program.config
+    if config.algorithm == "dpsgd" and config.order == "cta":
+        return {"mixing": program.topology.damped(config.gamma_at(step)).matrix(config.seed, step).tolist()}
+    level = program.noise_level(step) if config.algorithm == "ssgd-star" else None
+    return {} if level is None else {"sigma0": level}
+
+
+def announce(task: Task, config: TrainConfig, record: dict[str, Any], resumed_at: int | None) -> None:
+    """Say what is about to be trained, on stderr."""
+    graph = record["topology"]
+    spectrum = ", ".join(f"{v:.3g}" if isinstance(v, float) else f"{complex(*v):.3g}" for v in graph["spectrum"][:8])
+    more = ", ..." if len(graph["spectrum"]) > 8 else ""
+    lines = [
+        f"{task.name}: {config.algorithm}, {config.num_learners} learners x {config.local_batch_size}, alpha {config.learning_rate:g}"
+    ]
+    if config.algorithm == "dpsgd":
+        damped = f", gamma {config.gamma:g}" if config.gamma_range != (1, 1) else ""
+        varying = f" times {config.gamma_schedule}" if config.gamma_schedule != "constant" else ""
+        lines.append(f"M: {graph['name']}, spectrum {spectrum}{more}; gap {graph['spectral_gap']:.3g}{damped}{varying}")
+    lines.append(
+        "stable while alpha lambda_max < " + ", ".join(f"{v:.3g} ({k})" for k, v in graph["thresholds"].items())
+    )
+    if resumed_at is not None:
+        lines.append(f"resumed at step {resumed_at}")
+    print("\n".join(lines), file=sys.stderr)
