@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from landscape import streams
 from landscape.functional import ParameterLayout
 from landscape.noise.draws import Draws, Points, draw_gradients, points_of
 from landscape.noise.reference import ReferenceGradient, reference_gradient
@@ -56,7 +57,7 @@ def measure_noise(
             say (`landscape.noise.draws.points_of`): w_j, (M w)_j under CTA, w_a + fresh noise for SSGD*.
         num_gradient_examples: m, if the full gradient g is too dear: it is then estimated from m examples drawn once, and every
             quantity is debiased (`landscape.noise.reference`).
-        seed: of the draws.
+        seed: of the draws, which differ from step to step of a run.
         memory_budget: bytes for the draws, (2 K, d) numbers; beyond it they lie in a scratch file.
 
     Returns:
@@ -77,6 +78,7 @@ def measure_noise(
         raise ValueError(f"the checkpoint of step {learners.step} holds weights that are not finite")
     alpha = float(_recorded(learners, "learning_rate", learning_rate))
     batch = int(_recorded(learners, "local_batch_size", local_batch_size))
+    seed = streams.at_step(seed, learners.step)
     chosen = points_of(learners, seed) if points is None else points
     mean = learners.mean.to(objective.device, objective.dtype)
     reference = reference_gradient(objective, mean, num_gradient_examples, seed=seed)
