@@ -22,6 +22,15 @@ def philox(purpose: str, *identity: int, counter: int = 0) -> np.random.Philox:
     return np.random.Philox(key=key, counter=[0, counter, 0, 0])
 
 
+def at_step(seed: int, step: int) -> int:
+    """A seed for what is drawn at a step, so that errors at different checkpoints are independent.
+
+    >>> at_step(0, 20), at_step(1, 20)
+    (20, 4294967316)
+    """
+    return (seed << 32) + step
+
+
 def uniform(bits: np.random.Philox, *shape: int) -> np.ndarray:
     """Uniform float64 in [0, 1) of `shape`, 53 random bits each."""
     raw = bits.random_raw(int(np.prod(shape)))

@@ -128,9 +128,9 @@ _ = dynamics.one_step_ledger(view)
 
 # %%
 table = verdict_table(view)
-for quantity, prediction, verdicts, ratio in table.rows:
+for quantity, prediction, verdicts, _, ratio in table.rows:
     said = ", ".join(f"{word} {count}x" for word, count in verdicts)
-    print(f"{quantity:20s} {prediction:26s} {said:32s} ratio {ratio}")
+    print(f"{quantity:20s} {prediction:34s} {said:32s} ratio {ratio}")
 
 # %% [markdown]
 # ## Where next

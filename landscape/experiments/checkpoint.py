@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,14 +11,18 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from landscape import streams
 from landscape.checkpoints import Learners, Run
 from landscape.curvature.hessian import HessianOperator
 from landscape.curvature.lanczos import Eigenpairs, top_eigenpairs
+from landscape.experiments.profiles import matched_points, stored_profile
 from landscape.experiments.train import matched_sigma0
 from landscape.noise.covariance import CovarianceSummary, gradient_covariance_summary
 from landscape.noise.decomposition import decompose, smoothed_by_points
 from landscape.noise.draws import Draws, Points, draw_gradients, weight_noise_points
+from landscape.noise.projections import example_projections
 from landscape.noise.reference import ReferenceGradient, reference_gradient
+from landscape.noise.rows import Rows
 from landscape.objective import Objective
 from landscape.tasks import Task
 from landscape.theory.modes import LocalRule
@@ -30,7 +35,6 @@ from landscape.theory.smoothing import (
 )
 from landscape.training.algorithms import gradient_points
 from landscape.training.config import TrainConfig
-from landscape.training.loop import controlled_disagreement
 from landscape.training.topology import Topology
 
 
@@ -42,18 +46,26 @@ class MeasureConfig:
     """Fresh minibatch assignments at each checkpoint; errors shrink as 1/sqrt."""
     num_smoothing_samples: int = 16
     """Deviations for the isotropic and covariance-matched kernels (antithetic pairs)."""
-    num_eigenpairs: int = 10
-    """Top eigenpairs of H(w_a), for the noise-only prediction of the disagreement."""
-    max_matvecs: int = 60
+    num_eigenpairs: int = 20
+    """Top eigenpairs of H(w_a), for noise against curvature and the noise-only prediction of the disagreement."""
+    max_matvecs: int = 80
     """Bound on Hessian products of each eigenvalue problem."""
     smoothing_matvecs: int = 8
     """The same for the smoothed Hessians, where a product costs 2 S gradients."""
+    num_covariance_examples: int = 500
+    """Examples whose gradients make the spectrum of their covariance; a spectrum costs the cube of this."""
+    num_probes: int = 12
+    """Probes for traces of products of noise and curvature."""
     num_gradient_examples: int | None = None
     """Examples for the full gradient that draws are compared with, debiased; all of them by default."""
-    memory_gb: float | None = None
+    memory_gb: float | int | None = None
     """Memory, in GiB, that draws, kept graphs and bases of eigenproblems may take together; what is beyond is computed anew or put in a file."""
+    learning_rate: float | int | None = None
+    """alpha, for checkpoints that do not record it; overrides what they record."""
+    local_batch_size: int | None = None
+    """B, likewise."""
     seed: int = 0
-    """Seed of draws, deviations and starting vectors."""
+    """Seed of draws, deviations and starting vectors, which differ from checkpoint to checkpoint."""
 
 
 class Checkpoint:
@@ -62,12 +74,31 @@ class Checkpoint:
     def __init__(self, run: Run, step: int, task: Task, objective: Objective, settings: MeasureConfig) -> None:
         self.run, self.step, self.task, self.objective, self.settings = run, step, task, objective, settings
         self.config: TrainConfig = run.config
+        self.seed = streams.at_step(settings.seed, step)
         self.learners: Learners = run.learners(step)
 
     @cached_property
     def learning_rate(self) -> float:
         """alpha of the step that follows."""
-        return float(self.learners.facts["learning_rate"])
+        return float(self._facts["learning_rate"])
+
+    @cached_property
+    def local_batch_size(self) -> int:
+        """B."""
+        return int(self._facts["local_batch_size"])
+
+    @cached_property
+    def _facts(self) -> dict[str, float | int]:
+        s, recorded = self.settings, self.learners.facts
+        given = {"learning_rate": s.learning_rate, "local_batch_size": s.local_batch_size}
+        found = {name: recorded.get(name) if value is None else value for name, value in given.items()}
+        missing = [name for name, value in found.items() if value is None]
+        if missing:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+            raise ValueError(
+                f"the checkpoint of step {self.step} does not record its {' and '.join(missing)}; give {flags}"
+            )
+        return {name: value for name, value in found.items() if value is not None}
 
     @cached_property
     def mean(self) -> Tensor:
@@ -85,7 +116,7 @@ class Checkpoint:
         count = self.settings.num_gradient_examples
         if count is None or count >= self.objective.num_examples:
             return ReferenceGradient(self.gradient[None], self.objective.num_examples, self.objective.num_examples)
-        return reference_gradient(self.objective, self.mean, count, seed=self.settings.seed)
+        return reference_gradient(self.objective, self.mean, count, seed=self.seed)
 
     def share(self, part: int) -> int | None:
         """So many eighths of the memory budget, in bytes."""
@@ -93,16 +124,15 @@ class Checkpoint:
 
     @cached_property
     def topology(self) -> Topology:
-        """M(t) as the run recorded it."""
+        """M(t) as the run recorded it, with the gamma of the step that follows."""
         record = self.run.record["topology"]
-        return Topology(record["name"], record["num_learners"], record["kind"], np.asarray(record["matrices"]))
+        made = Topology(record["name"], record["num_learners"], record["kind"], np.asarray(record["matrices"]))
+        return made.damped(self.config.gamma_at(self.step))
 
     @cached_property
     def mixing(self) -> Tensor:
         """M of the step that follows, (n, n) float64."""
-        return torch.as_tensor(
-            controlled_disagreement(self.topology.matrix(self.config.seed, self.step), self.config.gamma)
-        )
+        return torch.as_tensor(self.topology.matrix(self.config.seed, self.step))
 
     @cached_property
     def rule(self) -> LocalRule:
@@ -112,9 +142,11 @@ class Checkpoint:
 
     @cached_property
     def sigma0(self) -> float | None:
-        """SSGD*'s noise level at this step; None for other algorithms."""
+        """SSGD*'s level of independent isotropic noise on the weights at this step; None for other algorithms and other noise."""
         if self.config.algorithm != "ssgd-star":
             return None
+        if "sigma0" in self.learners.facts or self.config.is_calibrated:
+            return self.learners.facts.get("sigma0")
         level = self.config.sigma0
         return (
             float(matched_sigma0(level, self.config.num_steps + 1)[self.step])
@@ -124,25 +156,39 @@ class Checkpoint:
 
     @cached_property
     def points(self) -> Points:
-        """Where the following step takes its gradients: w_j, (M w)_j under CTA, w_a + fresh noise for SSGD*."""
+        """Where the following step takes its gradients: w_j, (M w)_j under CTA, w_a + fresh noise for SSGD*.
+
+        Calibrated noise that is added to the gradient itself moves no point, and is no part of what is measured here.
+        """
+        profile = stored_profile(self.run)
+        if profile is not None:
+            return matched_points(self.run, self.learners, profile, self.seed)
         weights = self.learners.weights.to(self.mean)
         if self.sigma0:
-            return weight_noise_points(self.learners, self.sigma0, self.settings.seed)
+            return weight_noise_points(self.learners, self.sigma0, self.seed)
         return gradient_points(self.config.algorithm, self.config.order, weights, self.mixing)
+
+    @cached_property
+    def standing(self) -> Learners:
+        """The learners where they take their gradients, which is what smooths the landscape: at M w under CTA (theory.md sec. 2)."""
+        points = self.points
+        if callable(points) or torch.equal(points, self.learners.weights.to(points)):
+            return self.learners
+        return Learners(self.step, points, self.learners.layout)
 
     @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """Kernels that apply: all for learners that differ, isotropic sigma_0 for SSGD*, and one trivial one for SSGD."""
-        if self.config.algorithm == "ssgd-star":
+        if self.sigma0:
             return ("isotropic",)
-        return KERNELS if self.learners.consensus_distance > 0 else ("learners",)
+        return KERNELS if self.standing.consensus_distance > 0 else ("learners",)
 
     @cached_property
     def draws(self) -> Draws:
         """Fresh minibatch gradients."""
         return draw_gradients(
-            self.objective, self.mean, self.points, num_learners=len(self.learners), local_batch_size=self.config.local_batch_size,
-            num_draws=self.settings.num_draws, seed=self.settings.seed, memory_budget=self.share(3),
+            self.objective, self.mean, self.points, num_learners=len(self.learners), local_batch_size=self.local_batch_size,
+            num_draws=self.settings.num_draws, seed=self.seed, memory_budget=self.share(3),
         )  # fmt: skip
 
     @cached_property
@@ -157,15 +203,46 @@ class Checkpoint:
         return decompose(self.draws, reference, self.learning_rate, self.objective.model.layout, exact)
 
     @cached_property
+    def step_noise(self) -> dict[str, Rows]:
+        """Gradients (K, d) of fresh draws that make the steps of SSGD, SSGD* and DPSGD at this checkpoint, the same minibatches for all.
+
+        SSGD* takes them at w_a + isotropic noise of the learners' spread, or of its own sigma_0. "landscape" is xi_D of the run's own points.
+        """
+        found = {"ssgd": self.draws.mean_rows}
+        own = self.config.algorithm
+        if self.draws.point_rows is self.draws.mean_rows:  # all gradients are taken at w_a
+            return found
+        if own == "dpsgd":
+            centre = Learners(self.step, self.mean.expand(len(self.learners), -1), self.learners.layout)
+            spread = math.sqrt(self.standing.weight_variance)
+            found["ssgd-star"] = draw_gradients(
+                self.objective, self.mean, weight_noise_points(centre, spread, self.seed), num_learners=len(self.learners),
+                local_batch_size=self.local_batch_size, num_draws=self.settings.num_draws, seed=self.seed,
+                memory_budget=self.share(1),
+            ).point_rows  # fmt: skip
+        return {**found, own: self.draws.point_rows, "landscape": self.draws.landscape_rows}
+
+    @cached_property
+    def noise_norms(self) -> np.ndarray:
+        """|g_i - g| of every example, (N,)."""
+        g = self.gradient.double()
+        norm = float(g @ g)
+        parts = [
+            squares - 2 * along[:, 0] + norm
+            for squares, along in example_projections(self.objective, self.mean, self.gradient[:, None])
+        ]
+        return torch.cat(parts).clamp_min(0).sqrt().cpu().numpy()
+
+    @cached_property
     def hessian(self) -> HessianOperator:
         """H(w_a)."""
-        return HessianOperator(self.objective, self.mean)
+        return HessianOperator(self.objective, self.mean, memory_budget=self.share(2))
 
     @cached_property
     def eigenpairs(self) -> Eigenpairs:
         """Top eigenpairs of H(w_a)."""
         s = self.settings
-        return top_eigenpairs(self.hessian, s.num_eigenpairs, "LA", tol=0.01, max_matvecs=s.max_matvecs, seed=s.seed)
+        return top_eigenpairs(self.hessian, s.num_eigenpairs, "LA", tol=0.01, max_matvecs=s.max_matvecs, seed=self.seed)
 
     @cached_property
     def covariance(self) -> CovarianceSummary:
@@ -178,7 +255,7 @@ class Checkpoint:
         points = self.points
         if callable(points) or self.learners.consensus_distance == 0:
             return [self.hessian]
-        return [HessianOperator(self.objective, p) for p in points]
+        return [HessianOperator(self.objective, p, memory_budget=self.share(1)) for p in points]
 
     @cached_property
     def learner_lambda_max(self) -> list[float]:
@@ -187,7 +264,9 @@ class Checkpoint:
             return [float(self.eigenpairs.values[0])] * len(self.learners)
         s = self.settings
         return [
-            float(top_eigenpairs(h, tol=1e-3, max_matvecs=s.max_matvecs, seed=s.seed, miss_probability=1.0).values[0])
+            float(
+                top_eigenpairs(h, tol=1e-3, max_matvecs=s.max_matvecs, seed=self.seed, miss_probability=1.0).values[0]
+            )
             for h in self.learner_hessians
         ]
 
@@ -196,8 +275,8 @@ class Checkpoint:
         """Smoothed curvature under each kernel."""
         s = self.settings
         return {
-            k: smoothed_curvature(self.objective, self.learners, kernel=k, num_samples=s.num_smoothing_samples,
-                                  max_matvecs=s.smoothing_matvecs, seed=s.seed, sigma=self.sigma0)
+            k: smoothed_curvature(self.objective, self.standing, kernel=k, num_samples=s.num_smoothing_samples,
+                                  max_matvecs=s.smoothing_matvecs, seed=self.seed, sigma=self.sigma0)
             for k in self.kernels
         }  # fmt: skip
 
@@ -206,7 +285,7 @@ class Checkpoint:
         """Loss and gradient smoothed by each kernel."""
         s = self.settings
         return {
-            k: smoothed_loss(self.objective, self.learners, self.gradient, k, num_samples=2 * s.num_smoothing_samples, seed=s.seed,
+            k: smoothed_loss(self.objective, self.standing, self.gradient, k, num_samples=2 * s.num_smoothing_samples, seed=self.seed,
                              sigma=self.sigma0, memory_budget=self.share(2))
             for k in self.kernels
         }  # fmt: skip

@@ -16,7 +16,7 @@ from landscape.checkpoints import Run, open_run
 from landscape.checkpoints.format import MEASUREMENTS_FILE
 from landscape.experiments.checkpoint import Checkpoint, MeasureConfig
 from landscape.experiments.interrupt import Interruptible
-from landscape.experiments.measures import MEASURES
+from landscape.experiments.measures import DEFAULT_MEASURES, MEASURES
 from landscape.objective import Objective
 from landscape.results import load_groups, save_groups, stamp
 from landscape.tasks import Task, get_task
@@ -24,7 +24,7 @@ from landscape.tasks import Task, get_task
 
 def measure(
     run: Run | str | Path,
-    measures: Sequence[str] = tuple(MEASURES),
+    measures: Sequence[str] = DEFAULT_MEASURES,
     steps: Sequence[int] | None = None,
     *,
     settings: MeasureConfig | None = None,
@@ -49,7 +49,7 @@ def measure(
 
     Returns:
         {measure: data set over `step` and more}. What was measured before with the same settings is not measured again.
-        Checkpoints with weights that are not finite are left out and named in the attribute `skipped_steps`.
+        Checkpoints with weights that are not finite are left out, counted (`num_skipped`) and named (`skipped_steps`) in the attributes.
     """
     run = open_run(run) if isinstance(run, str | Path) else run
     settings = settings or MeasureConfig()
@@ -62,10 +62,10 @@ def measure(
         raise ValueError(
             f"{run.path} has no checkpoint of step {', '.join(map(str, absent)) or '(any)'}; there are {', '.join(map(str, run.steps)) or 'none'}"
         )
-    objective, task = _objective(run, task, data_root, device, allow_other_data)
+    objective, task, fingerprint = run_objective(run, task, data_root, device, allow_other_data, settings)
     path = run.path / MEASUREMENTS_FILE
     groups = {k: v for k, v in load_groups(path).items() if k != "/"}
-    identity = json.dumps({**asdict(settings), "data": run.record["data"]["fingerprint"]["train"]}, sort_keys=True)
+    identity = json.dumps({**asdict(settings), "data": fingerprint}, sort_keys=True)
     for name in measures:
         if name in groups and groups[name].attrs.get("settings") != identity:
             del groups[name]
@@ -98,9 +98,12 @@ def measure(
             save_groups(groups, path)
             if interrupt.requested:
                 raise KeyboardInterrupt(f"stopped after step {step}; what was measured is kept")
-    for name in measures:
-        if name in groups and skipped:
-            groups[name].attrs["skipped_steps"] = ", ".join(map(str, skipped))
+    if skipped:
+        if not quiet:
+            print(f"{len(skipped)} of {len(chosen)} checkpoints left out: weights that are not finite", file=sys.stderr)
+        for name in (m for m in measures if m in groups):
+            groups[name].attrs.update(skipped_steps=", ".join(map(str, skipped)), num_skipped=len(skipped))
+        save_groups(groups, path)
     return {m: groups[m] for m in measures if m in groups}
 
 
@@ -112,17 +115,29 @@ def _facts(run: Run) -> dict[str, str | float | int]:
     }  # fmt: skip
 
 
-def _objective(
-    run: Run, task: Task | None, data_root: str | Path | None, device: str | None, allow_other_data: bool
-) -> tuple[Objective, Task]:
+def run_objective(
+    run: Run,
+    task: Task | None,
+    data_root: str | Path | None,
+    device: str | None,
+    allow_other_data: bool,
+    settings: MeasureConfig,
+) -> tuple[Objective, Task, str]:
+    """A run's training loss as a function of its weights, its task, and the fingerprint of the data they are measured on.
+
+    Raises:
+        ValueError: data other than the run's, unless these are allowed.
+    """
     task = task or get_task(run.task)
     train, _ = task.load_data(data_root)
-    recorded = run.record["data"]["fingerprint"]["train"]
-    if train.fingerprint() != recorded and not allow_other_data:
+    recorded, here = run.record["data"]["fingerprint"]["train"], train.fingerprint()
+    if here != recorded and not allow_other_data:
         raise ValueError(
-            f"{run.path} was trained on other data (fingerprint {recorded}, here {train.fingerprint()}); allow it with --allow-other-data"
+            f"{run.path} was trained on other data (fingerprint {recorded}, here {here}); allow it with --allow-other-data"
         )
     config = run.config
     where = torch.device(device) if device else config.torch_device()
     model = task.initial_model(config.seed)
-    return Objective(model, task.loss_fn, train, device=where, dtype=config.torch_dtype), task
+    budget = None if settings.memory_gb is None else int(settings.memory_gb * 2**30) // 8
+    objective = Objective(model, task.loss_fn, train, device=where, dtype=config.torch_dtype, memory_budget=budget)
+    return objective, task, here

@@ -9,11 +9,19 @@ from dataclasses import asdict
 import numpy as np
 import xarray as xr
 
+from landscape.curvature.gradient_moments import gradient_covariance
 from landscape.curvature.lanczos import top_eigenpairs
+from landscape.curvature.low_rank import LowRankOperator, SampleCovarianceOperator
+from landscape.curvature.operators import SymmetricOperator
 from landscape.experiments.checkpoint import Checkpoint
+from landscape.noise.covariance import covariance_spectrum, gradient_covariance_spectrum
+from landscape.noise.tails import tail_index
+from landscape.theory.alignment import alignment_by_layer, noise_curvature_alignment
+from landscape.theory.disagreement import disagreement_spectrum
 from landscape.theory.ledger import one_step_ledger
 from landscape.theory.smoothed_loss import second_order_rate_ratio, second_order_rate_ratio_autodiff
 from landscape.theory.smoothing import KERNELS, smoothness_bounds
+from landscape.theory.smoothing_length import smoothing_length
 from landscape.theory.stability import coupled_stability
 from landscape.theory.stationary import predicted_consensus
 
@@ -31,9 +39,9 @@ def _effective_learning_rate(at: Checkpoint) -> xr.Dataset:
 
     exact = at.decomposition.get("alpha_e_ratio_exact")
     predict("exact", float(exact) if exact is not None else math.nan, 0.0 if exact is not None else math.nan)
-    spread = at.learners.consensus_distance > 0
+    still = not callable(at.points) and at.standing.consensus_distance == 0
     for kernel in ("isotropic", "covariance"):
-        if not spread and not at.sigma0:
+        if still:
             predict(kernel, 1.0, 0.0)
         elif kernel in at.smoothed_losses:
             number = at.smoothed_losses[kernel].rate_ratio
@@ -44,9 +52,8 @@ def _effective_learning_rate(at: Checkpoint) -> xr.Dataset:
         ("second-order", second_order_rate_ratio),
         ("second-order-autodiff", second_order_rate_ratio_autodiff),
     ):
-        predict(
-            name, ratio(at.objective, at.learners, at.gradient) if spread else (math.nan if at.sigma0 else 1.0), 0.0
-        )
+        known = not callable(at.points)
+        predict(name, 1.0 if still else ratio(at.objective, at.standing, at.gradient) if known else math.nan, 0.0)
     return found.assign(
         alpha_e_ratio_predicted=("prediction", np.asarray(values), {"long_name": "E alpha_e/alpha as predicted"}),
         alpha_e_ratio_predicted_stderr=("prediction", np.asarray(errors)),
@@ -56,7 +63,7 @@ def _effective_learning_rate(at: Checkpoint) -> xr.Dataset:
 def _noise(at: Checkpoint) -> xr.Dataset:
     drop = ["alpha_e_ratio", "alpha_e_ratio_mean", "alpha_e_ratio_stderr", "alpha_e_ratio_exact"]
     found = at.decomposition.drop_vars([n for n in drop if n in at.decomposition])
-    alpha, n, batch = at.learning_rate, len(at.learners), at.config.local_batch_size
+    alpha, n, batch = at.learning_rate, len(at.learners), at.local_batch_size
     c = at.covariance
     predicted = math.nan
     if at.config.algorithm == "dpsgd":
@@ -85,7 +92,9 @@ def _noise(at: Checkpoint) -> xr.Dataset:
 
 def _curvature(at: Checkpoint) -> xr.Dataset:
     s = at.settings
-    lowest = top_eigenpairs(at.hessian, 1, "SA", tol=0.02, max_matvecs=s.max_matvecs, seed=s.seed, miss_probability=1.0)
+    lowest = top_eigenpairs(
+        at.hessian, 1, "SA", tol=0.02, max_matvecs=s.max_matvecs, seed=at.seed, miss_probability=1.0
+    )
     found = at.eigenpairs.to_xarray().drop_attrs()
     return found.assign(
         lambda_max=((), float(at.eigenpairs.values[0]), {"long_name": "largest eigenvalue of H(w_a)"}),
@@ -111,11 +120,18 @@ def _smoothing(at: Checkpoint) -> xr.Dataset:
         .assign_coords(kernel=[k for k in KERNELS if k in at.smoothed])
         .reindex(kernel=list(KERNELS))
     )
+    for name, text in (
+        ("loss_change", "L~(w_a) - L(w_a), the average-direction sharpness under the kernel, in nats"),
+        ("gradient_ratio", "|grad L~|^2/|g|^2 at w_a"),
+    ):
+        numbers = [getattr(at.smoothed_losses[k], name) if k in at.smoothed_losses else None for k in KERNELS]
+        made[name] = ("kernel", [math.nan if v is None else v.value for v in numbers], {"long_name": text})
+        made[f"{name}_stderr"] = ("kernel", [math.nan if v is None else v.stderr for v in numbers])
     largest = max([c.largest_gradient for c in at.smoothed.values()] + [float(at.gradient.norm())])
     curvature = max(
         [*at.learner_lambda_max, float(at.eigenpairs.values[0]), *(c.smoothness for c in at.smoothed.values())]
     )
-    sigma = at.sigma0 or math.sqrt(at.learners.weight_variance)
+    sigma = at.sigma0 or math.sqrt(at.standing.weight_variance)
     bounds = smoothness_bounds(largest, sigma, curvature)
     if "isotropic" in at.smoothed:
         bounds["local"] = math.sqrt(at.smoothed["isotropic"].gradient_covariance_top) / sigma
@@ -125,6 +141,16 @@ def _smoothing(at: Checkpoint) -> xr.Dataset:
         bound=("bound_kind", np.asarray(list(bounds.values())), {"long_name": "estimated bound on the smoothness of L~, isotropic kernel"}),
         lipschitz_constant=((), largest, {"long_name": "largest gradient norm met: an estimate of G"}),
     ).assign_coords(bound_kind=list(bounds)).assign_attrs(kernels_left_out=", ".join(missing))  # fmt: skip
+
+
+def _smoothing_length(at: Checkpoint) -> xr.Dataset:
+    s = at.settings
+    parts = [
+        smoothing_length(at.objective, at.standing, 2 / at.learning_rate, kernel=k, num_samples=s.num_smoothing_samples,
+                         max_matvecs=s.smoothing_matvecs, seed=at.seed, sigma=at.sigma0).to_xarray()
+        for k in at.kernels
+    ]  # fmt: skip
+    return xr.concat(parts, "kernel", join="outer").assign_coords(kernel=list(at.kernels)).reindex(kernel=list(KERNELS))
 
 
 def _stability(at: Checkpoint) -> xr.Dataset:
@@ -158,7 +184,7 @@ def _stability(at: Checkpoint) -> xr.Dataset:
         )
     if at.config.algorithm == "dpsgd" and len(at.learner_hessians) == len(at.learners) > 1:
         coupled = coupled_stability(at.learner_hessians, at.mixing, at.rule, alpha, at.learner_lambda_max,
-                                    max_matvecs=at.settings.max_matvecs, seed=at.settings.seed)  # fmt: skip
+                                    max_matvecs=at.settings.max_matvecs, seed=at.seed)  # fmt: skip
         for name, value in asdict(coupled).items():
             made[f"coupled_{name}"] = ((), value)
     return made
@@ -168,6 +194,71 @@ def _ledger(at: Checkpoint) -> xr.Dataset:
     return one_step_ledger(at.objective, at.mean, at.gradient, at.draws, at.hessian, at.learning_rate).drop_attrs()
 
 
+def _covariance(at: Checkpoint) -> xr.Dataset:
+    s, alpha = at.settings, at.learning_rate
+    own = gradient_covariance_spectrum(
+        at.objective, at.mean, num_examples=s.num_covariance_examples, seed=at.seed, centre=at.gradient, memory_budget=at.share(1)
+    )  # fmt: skip
+    steps = {name: covariance_spectrum(rows, scale=alpha) for name, rows in at.step_noise.items()}
+    beside = xr.concat([found.to_xarray().isel(block=0, drop=True) for found in steps.values()], "step_noise")
+    beside = beside.assign_coords(step_noise=list(steps)).reindex(step_noise=list(STEP_NOISES))
+    parts = [
+        found.rename({str(name): f"{prefix}_{name}" for name in [*found.data_vars, "eigen_index"]}).drop_attrs(deep=False)
+        for found, prefix in ((own.to_xarray(), "gradient"), (beside, "step"))
+    ]  # fmt: skip
+    made = xr.merge(parts)
+    norms = at.noise_norms
+    if len(norms) >= MIN_NORMS:
+        tail = tail_index(norms)
+        made["tail_index"] = ((), tail.index, {"long_name": "exponent of the tail of |g_i - g| over examples (Hill)"})
+        made["tail_index_stderr"] = ((), tail.stderr, {"long_name": "standard error of tail_index, if the tail is a power law"})  # fmt: skip
+        made["tail_verdict"] = ((), tail.verdict, {"long_name": "heavy, light or undecided"})
+    return made.assign_attrs(num_covariance_examples=own.num_samples)
+
+
+def _alignment(at: Checkpoint) -> xr.Dataset:
+    s = at.settings
+    noise: dict[str, SymmetricOperator] = {
+        "gradient": gradient_covariance(at.objective, at.mean, memory_budget=at.share(1))
+    }
+    if float(at.decomposition["Delta_2_mean"]) > 0 and s.num_draws >= MIN_DRAWS:
+        noise["landscape"] = SampleCovarianceOperator(at.draws.landscape_rows.tensor())
+    if at.learners.consensus_distance > 0:
+        noise["consensus"] = LowRankOperator(at.learners.deviations.to(at.mean))
+    found = noise_curvature_alignment(at.hessian, at.eigenpairs, noise, num_probes=s.num_probes, max_matvecs=s.max_matvecs, seed=at.seed)  # fmt: skip
+    blank = {name: "" for name in found.data_vars if found[name].dtype.kind in "UO"}
+    return found.reindex(
+        noise=list(NOISE_KINDS), fill_value={n: blank.get(str(n), np.nan) for n in found.data_vars}
+    ).drop_attrs(deep=False)
+
+
+def _alignment_by_layer(at: Checkpoint) -> xr.Dataset:
+    s = at.settings
+    return alignment_by_layer(at.objective, at.mean, num_eigenpairs=s.num_eigenpairs, max_matvecs=s.max_matvecs, seed=at.seed)  # fmt: skip
+
+
+def _disagreement(at: Checkpoint) -> xr.Dataset:
+    c = at.covariance
+    if at.config.algorithm != "dpsgd" or at.learners.consensus_distance == 0:
+        text = "Tr Sigma_w; zero, for there is one learner or all are equal, and nothing to resolve"
+        return xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": text})})
+    return disagreement_spectrum(
+        at.learners.deviations.to(at.mean), at.eigenpairs, at.topology, at.rule, learning_rate=at.learning_rate,
+        noise_along=c.along / at.local_batch_size, noise_trace=c.trace / at.local_batch_size,
+    ).drop_attrs(deep=False)  # fmt: skip
+
+
+STEP_NOISES = ("ssgd", "ssgd-star", "dpsgd", "landscape")
+"""Steps whose noise covariances stand side by side: with gradients at w_a, at w_a + isotropic noise of the same spread, at the learners' points;
+and the landscape-dependent part of the last."""
+
+MIN_NORMS = 40
+"""Norms that a tail index needs."""
+
+NOISE_KINDS = ("gradient", "landscape", "consensus")
+MIN_DRAWS = 6
+"""Draws that a covariance of the landscape noise needs for what is quadratic in it."""
+
 MEASURES: dict[str, Callable[[Checkpoint], xr.Dataset]] = {
     "effective-learning-rate": _effective_learning_rate,
     "noise": _noise,
@@ -175,5 +266,13 @@ MEASURES: dict[str, Callable[[Checkpoint], xr.Dataset]] = {
     "smoothing": _smoothing,
     "stability": _stability,
     "ledger": _ledger,
+    "covariance": _covariance,
+    "alignment": _alignment,
+    "alignment-by-layer": _alignment_by_layer,
+    "disagreement": _disagreement,
+    "smoothing-length": _smoothing_length,
 }
 """Measures by name; each gives labelled numbers for one checkpoint."""
+
+DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "smoothing-length")
+"""What is measured unasked: all but the dearest."""

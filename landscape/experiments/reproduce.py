@@ -18,6 +18,7 @@ from landscape.checkpoints import Run, open_run
 from landscape.checkpoints.format import MEASUREMENTS_FILE, RUN_FILE, write_atomically
 from landscape.experiments.checkpoint import MeasureConfig
 from landscape.experiments.measure import measure
+from landscape.experiments.measures import DEFAULT_MEASURES
 from landscape.experiments.sweep import MAP_FILE, Variant, stability_map
 from landscape.experiments.train import train
 from landscape.provenance import code_version
@@ -26,7 +27,7 @@ from landscape.statistics import wilson_interval
 from landscape.tasks import get_task
 from landscape.theory.conclusions import Separation, choose_rate, conclusions
 from landscape.theory.edges import convergence, stability_edge
-from landscape.theory.scorecard import scorecard, verdict_counts
+from landscape.theory.scorecard import run_scorecard, scorecard
 from landscape.training.config import TrainConfig
 
 PresetName = Literal["full", "demo", "quick"]
@@ -47,6 +48,7 @@ class Preset:
         other_batches: {local batch size: learning rates} of further maps.
         with_atc: whether DPSGD under ATC is mapped at the separating rate.
         measured_steps: checkpoints measured.
+        measures: what is measured there.
         settings: how thoroughly to measure.
     """
 
@@ -58,17 +60,21 @@ class Preset:
     other_batches: dict[int, tuple[float, ...]]
     with_atc: bool
     measured_steps: tuple[int, ...]
+    measures: tuple[str, ...]
     settings: MeasureConfig = field(default_factory=MeasureConfig)
 
 
-_LIGHT = MeasureConfig(num_draws=24, num_smoothing_samples=8, smoothing_matvecs=5, max_matvecs=40)
+_BRIEF = ("effective-learning-rate", "noise", "curvature", "smoothing", "stability", "ledger")
+_LIGHT = MeasureConfig(
+    num_draws=24, num_smoothing_samples=8, smoothing_matvecs=5, max_matvecs=40, num_eigenpairs=10, num_probes=6
+)
 
 PRESETS: dict[str, Preset] = {
-    "quick": Preset(2, 1, (1.2,), 120, (), {}, False, (120,), replace(_LIGHT, num_draws=12, num_smoothing_samples=4, smoothing_matvecs=4, max_matvecs=15)),
-    "demo": Preset(3, 1, (1.0, 1.2, 1.4), 500, (), {}, False, (20, 60, 200, 500), _LIGHT),
+    "quick": Preset(2, 1, (1.2,), 120, (), {}, False, (120,), _BRIEF, replace(_LIGHT, num_draws=12, num_smoothing_samples=4, smoothing_matvecs=4, max_matvecs=15)),
+    "demo": Preset(3, 1, (1.0, 1.2, 1.4), 500, (), {}, False, (20, 60, 200, 500), (*_BRIEF, "alignment", "disagreement"), _LIGHT),
     "full": Preset(
         10, 4, (0.5, 0.8, 1.0, 1.2, 1.5, 2.0), 500, (0.003, 0.01), {500: (0.5, 0.6, 0.75), 250: (0.25, 0.3, 0.375)}, True,
-        (20, 40, 60, 100, 150, 200, 300, 400, 500), MeasureConfig(),
+        (20, 40, 60, 100, 150, 200, 300, 400, 500), DEFAULT_MEASURES, MeasureConfig(),
     ),
 }  # fmt: skip
 """quick: about a minute and a half; demo: about 8 minutes; full: about three quarters of an hour, on two cores."""
@@ -144,7 +150,13 @@ def reproduce(
     for label, run in runs.items():
         _say(quiet, f"measuring {label} at steps {', '.join(map(str, _finite_steps(run, plan)))}")
         measure(
-            run, steps=_finite_steps(run, plan), settings=plan.settings, data_root=data_root, device=device, quiet=quiet
+            run,
+            plan.measures,
+            _finite_steps(run, plan),
+            settings=plan.settings,
+            data_root=data_root,
+            device=device,
+            quiet=quiet,
         )
     report = write_reproduction_report(out, runs, mapped, separation, others, preset)
     _write_plan(
@@ -299,7 +311,7 @@ def _summary(out: Path) -> str:
         path = out / "runs" / label
         if not (path / RUN_FILE).exists():
             continue
-        run, counts = open_run(path), verdict_counts(scorecard(_groups(open_run(path))))
+        run, counts = open_run(path), run_scorecard(scorecard(_groups(open_run(path))))
         agree = int(counts.get("agrees", pd.Series(dtype=int)).sum())
         text.append(f"{label:10s} {run.record['outcome']['outcome']:12s} predictions: {agree} agree, {int(counts.get('disagrees', pd.Series(dtype=int)).sum())} disagree, "
                     f"{int(counts.get('inconclusive', pd.Series(dtype=int)).sum())} inconclusive")  # fmt: skip

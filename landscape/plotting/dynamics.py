@@ -22,6 +22,7 @@ from landscape.plotting.style import (
     log_scale,
     looks,
     marker_places,
+    over_steps,
     style,
 )
 from landscape.plotting.view import RunView
@@ -31,6 +32,7 @@ PREDICTION_NAMES = {
     "isotropic": "isotropic kernel",
     "covariance": "covariance kernel",
     "second-order": "second order",
+    "second-order-autodiff": "second order, without kinks",
 }
 LEDGER_PARTS = {
     "gain": (r"gain $-\alpha_e|g|^2$", "#009E73", ""),
@@ -62,7 +64,7 @@ def training_loss(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
     for level, text, line in _levels(views):
         ax.axhline(level, color="#777777", linewidth=0.8, linestyle=line, label=text, zorder=0)
     log_if_wide(ax, drawn, 20.0)
-    ax.set(xlabel="step", ylabel=r"training loss of $w_a$ (nats)")
+    over_steps(ax, r"training loss of $w_a$ (nats)")
     legend_above(ax, 3)
     return ax
 
@@ -79,7 +81,7 @@ def held_out_accuracy(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
         if len(each):
             table = np.asarray(each.tolist(), dtype=float)
             ax.fill_between(each.index, table.min(1), table.max(1), color=look.colour, alpha=0.18, linewidth=0)
-    ax.set(xlabel="step", ylabel="held-out accuracy (share correct)")
+    over_steps(ax, "held-out accuracy (share correct)")
     ax.set_ylim(0, 1.02)
     legend_above(ax, 3)
     return ax
@@ -103,7 +105,7 @@ def effective_learning_rate(view: RunView, ax: Axes | None = None) -> Axes:
         look = PREDICTION_LOOKS.get(name, MEASURED)
         ax.errorbar(dodge(steps, i, count), part["alpha_e_ratio_predicted"].values, half_width(part["alpha_e_ratio_predicted_stderr"].values),
                     markerfacecolor="white", label=PREDICTION_NAMES.get(name, name), **look.line_options())  # fmt: skip
-    ax.set(xlabel="step", ylabel=r"effective / nominal rate $\mathrm{E}\,\alpha_e/\alpha$")
+    over_steps(ax, r"effective / nominal rate $\mathrm{E}\,\alpha_e/\alpha$")
     legend_above(ax, 2, display_name(view.label))
     return ax
 
@@ -143,7 +145,7 @@ def weight_variance(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
         ax.plot([], [], "o", color="#555555", markerfacecolor="white", label="open: minibatch noise alone")
     if unstable:
         _mark_infinite(ax, unstable)
-    ax.set(xlabel="step", ylabel=r"$\sigma_w^2=\mathrm{Tr}\,\Sigma_w/d$ (weights$^2$)")
+    over_steps(ax, r"$\sigma_w^2=\mathrm{Tr}\,\Sigma_w/d$ (weights$^2$)")
     legend_above(ax, 2)
     return ax
 

@@ -19,6 +19,7 @@ from landscape.plotting.style import (
     half_width,
     legend_above,
     log_scale,
+    over_steps,
     style,
 )
 from landscape.plotting.view import RunView
@@ -59,7 +60,7 @@ def noise_split(view: RunView, ax: Axes | None = None) -> Axes:
     predicted = at["Delta_S_predicted"].values
     ax.plot(steps, predicted, color="#D55E00", linewidth=0.8, label=r"$\alpha^2\mathrm{Tr}\,C/(nB)$")
     log_scale(ax)
-    ax.set(xlabel="step", ylabel=r"noise of one step (weights$^2$)")
+    over_steps(ax, r"noise of one step (weights$^2$)")
     legend_above(ax, 3, display_name(view.label))
     return ax
 
@@ -74,6 +75,6 @@ def systematic_share(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
             ax.errorbar(dodge(at["step"].values, i, len(views)), at["systematic_share"].values, half_width(at["systematic_share_stderr"].values),
                         label=display_name(view.label), **look.line_options())  # fmt: skip
     ax.axhline(1, color="#777777", linewidth=0.8, linestyle=DOTTED, zorder=0)
-    ax.set(xlabel="step", ylabel=r"systematic share $|\mathrm{E}\,\xi_D|^2/\mathrm{E}|\xi_D|^2$")
+    over_steps(ax, r"systematic share $|\mathrm{E}\,\xi_D|^2/\mathrm{E}|\xi_D|^2$")
     legend_above(ax, 3)
     return ax

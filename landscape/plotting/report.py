@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from landscape.plotting import dynamics, maps, noise, smoothing, stability, tables
+from landscape.plotting import alignment, dynamics, maps, noise, smoothing, stability, tables
 from landscape.plotting.style import display_name, new_figure, style, to_svg
 from landscape.plotting.view import RunView, distinct
 from landscape.provenance import provenance
@@ -162,16 +162,23 @@ def _measured(views: Sequence[RunView]) -> list[Section]:
     return [
         _per_run("rate", "Effective learning rate", "α_e/α compares the part of the averaged gradient that goes along the exact gradient g with a full step: 1 for SSGD on average. "
                  "Each prediction smooths the landscape with another kernel; the learners' own is exact, so it checks the measurement, and the others are the theory.",
-                 views, "effective-learning-rate", dynamics.effective_learning_rate, "Effective over nominal learning rate with its predictions", "Means over fresh minibatches at fixed learners, with 95% intervals."),
+                 views, "effective-learning-rate", dynamics.effective_learning_rate, "Effective over nominal learning rate with its predictions", "Means over fresh minibatches at fixed learners, with 95% intervals.", _each(spread, "effective-learning-rate", alignment.rate_by_layer, "Effective over nominal learning rate of each layer against the step", "The same by layer, each against its own part of g.")),
         _per_run("noise", "Noise of a step", "The noise splits into minibatch noise Δ_S, all that SSGD has, and landscape-dependent noise Δ_2, which comes from the learners standing at different places. "
-                 "Δ is the part of the whole that is orthogonal to g; the cross term may have either sign.", views, "noise", noise.noise_split, "Strength of the noise and of its parts", "Means with 95% intervals (cut off before zero, which a logarithmic axis does not have).", _systematic(noisy)),
+                 "Δ is the part of the whole that is orthogonal to g; the cross term may have either sign.", views, "noise", noise.noise_split, "Strength of the noise and of its parts", "Means with 95% intervals (cut off before zero, which a logarithmic axis does not have).", [*_systematic(noisy), *_each(views, "covariance", alignment.step_noise_spectra, "Eigenvalues of the covariance of a step's noise",
+                                          "Spectra of the noise of one step with gradients taken where each algorithm takes them, from the same minibatches.")]),
         _per_run("stability", "Is the landscape too steep for the rate?", "αλ/2 above 1 means that a plain gradient step of the average overshoots on the local quadratic. "
                  "Under AWC the disagreement between learners has a lower limit. The smoothed curvatures speak of the average at frozen deviations only; the growth of the disagreement takes all learners at once.",
                  views, "stability", stability.stability_margin, "Learning rate times largest curvature over two, against its limits", "Errors: 95% intervals over sampled deviations.", _coupled(spread)),
         _per_run("smoothing", "How smooth is the smoothed landscape?", "Estimated bounds: they rest on the largest gradient met, so they are not proofs. A bound far above the measurement is vacuous, and its ratio says how far.",
                  views, "smoothing", smoothing.smoothness_bounds, "Measured smoothness below its estimated bounds", "The legend gives the median of bound over measurement."),
         _per_run("kinks", "Curvature at the kinks", "A ReLU network has curvature at its kinks that automatic differentiation does not see. It is measured as the derivative of the smoothed gradient less the average Hessian. "
-                 "Differences are only as good as their step: the second figure of a run should be flat.", views, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", "95% intervals over sampled deviations; the learners' own kernel is exact.", _plateaus(views)),
+                 "Differences are only as good as their step: the second figure of a run should be flat.", views, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", "95% intervals over sampled deviations; the learners' own kernel is exact.", _each(views, "smoothing", smoothing.difference_plateau, "Curvature against the step of the finite differences", "A flat line: the result does not hang on the step of the differences.")),
+        _per_run("alignment", "Where the noise points", "Whether noise is large where curvature is: the share of each noise along the top eigenvectors of the Hessian. "
+                 "Isotropic noise would put the same tiny share, one over the number of weights, on each.", views, "alignment", alignment.noise_law,
+                 "Share of each noise along eigenvectors of the Hessian against their eigenvalues", "The last checkpoint measured. A thin line: the points do not carry an exponent.", _each(views, "alignment-by-layer", alignment.layer_exponents, "Exponent of minibatch noise on curvature by layer", "Exponents by layer; open: the layer does not carry one.", height=2.4)),
+        _per_run("disagreement", "What keeps the learners apart", "The learners' deviations along the top eigenvectors of the Hessian, against what minibatch noise alone would sustain on the local quadratic.",
+                 [v for v in spread if "energy_ratio" in v.groups.get("disagreement", xr.Dataset())], "disagreement", alignment.disagreement_modes,
+                 "Energy of the deviations along each eigenvector of the Hessian over its prediction", "The last checkpoint measured, with 95% intervals: one checkpoint is one sample of each mode."),
         _per_run("ledger", "What a step gains and pays", "One plain step from the checkpoint: the gain along g against the cost of curvature along and across g. Where the realised change leaves the predicted one, the landscape is not quadratic at the size of a step.",
                  views, "ledger", dynamics.one_step_ledger, "Predicted and realised change of the loss in one step", "Means over fresh minibatches with 95% intervals."),
     ]  # fmt: skip
@@ -199,6 +206,17 @@ def _systematic(views: Sequence[RunView]) -> list[Picture]:
                      "How much of the landscape-dependent noise is a drift, the same at every draw (1), and how much averages away (0).")]  # fmt: skip
 
 
+def _each(
+    views: Sequence[RunView], measure: str, draw: Callable[..., Axes], alternative: str, caption: str, *, height: float = 3.1
+) -> list[Picture]:  # fmt: skip
+    """A further figure of every run that has the measure."""
+    return [
+        _picture(partial(draw, view), f"{alternative}, {display_name(view.label)}.", f"{display_name(view.label)}. {caption}", height=height)
+        for view in views
+        if measure in view.groups
+    ]  # fmt: skip
+
+
 def _coupled(views: Sequence[RunView]) -> list[Picture]:
     measured = [v for v in views if "coupled_disagreement" in v.groups.get("stability", xr.Dataset())]
     if not measured:
@@ -206,16 +224,6 @@ def _coupled(views: Sequence[RunView]) -> list[Picture]:
     worst = "; ".join(f"{display_name(v.label)}: largest {float(v.groups['stability']['coupled_disagreement'].max()):.3g}" for v in measured)  # fmt: skip
     return [_picture(partial(stability.coupled_growth, measured), f"Growth of the disagreement per step against the step. {worst}.",
                      "Growth of the disagreement per step, all learners at once. Above 1 it feeds itself, whatever the minibatch noise.")]  # fmt: skip
-
-
-def _plateaus(views: Sequence[RunView]) -> list[Picture]:
-    measured = [v for v in views if "smoothing" in v.groups]
-    return [
-        _picture(partial(smoothing.difference_plateau, view),
-                 f"Curvature against the step of the finite differences, {display_name(view.label)}.",
-                 f"{display_name(view.label)}. A flat line: the result does not hang on the step of the differences.")
-        for view in measured
-    ]  # fmt: skip
 
 
 def _unstable(views: Sequence[RunView]) -> list[str]:

@@ -20,6 +20,7 @@ from landscape.plotting.style import (
     half_width,
     legend_above,
     log_scale,
+    over_steps,
     style,
 )
 from landscape.plotting.view import RunView
@@ -55,7 +56,7 @@ def kink_part(view: RunView, ax: Axes | None = None) -> Axes:
         ax.errorbar(dodge(at["step"].values, i, len(kernels)), part["kink_part"].values, half_width(part["lambda_max_stderr"].values),
                     label=name, **look.line_options())  # fmt: skip
     ax.axhline(0, color="#777777", linewidth=0.8)
-    ax.set(xlabel="step", ylabel=r"kink part of $\lambda_{\max}$ (nats / weights$^2$)")
+    over_steps(ax, r"kink part of $\lambda_{\max}$ (nats / weights$^2$)")
     legend_above(ax, 2, display_name(view.label))
     return ax
 
@@ -96,7 +97,7 @@ def smoothness_bounds(view: RunView, ax: Axes | None = None) -> Axes:
         for height, (look, where) in zip(rows, infinite, strict=True):
             ax.plot(where, np.full(len(where), height - 0.02), transform=ax.get_xaxis_transform(), linestyle="none", marker=r"$\uparrow$",
                     color=look.colour, markersize=6, gid="infinite-bound")  # fmt: skip
-    ax.set(xlabel="step", ylabel=r"smoothness of $\tilde L$ (nats / weights$^2$)")
+    over_steps(ax, r"smoothness of $\tilde L$ (nats / weights$^2$)")
     legend_above(ax, 2, f"{display_name(view.label)}: estimated bounds, × bound / measured")
     return ax
 

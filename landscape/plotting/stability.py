@@ -18,6 +18,7 @@ from landscape.plotting.style import (
     legend_above,
     log_if_wide,
     looks,
+    over_steps,
     style,
 )
 from landscape.plotting.view import RunView
@@ -62,7 +63,7 @@ def stability_margin(view: RunView, ax: Axes | None = None) -> Axes:
     log_if_wide(ax, [*drawn, *limits])
     if ax.get_yscale() == "linear":
         ax.set_ylim(bottom=min(0.0, 1.05 * float(np.nanmin(drawn))))
-    ax.set(xlabel="step", ylabel=r"$\alpha\lambda_{\max}/2$ (above 1: too steep for $\alpha$)")
+    over_steps(ax, r"$\alpha\lambda_{\max}/2$ (above 1: too steep for $\alpha$)")
     legend_above(ax, 2, display_name(view.label))
     return ax
 
@@ -89,6 +90,6 @@ def coupled_growth(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
         drawn += growth.tolist()
     ax.axhline(1, color="#888888", linewidth=1.0, linestyle=DOTTED, label="limit of stability: 1", zorder=0)
     log_if_wide(ax, drawn, 10.0)
-    ax.set(xlabel="step", ylabel="growth of the disagreement per step")
+    over_steps(ax, "growth of the disagreement per step")
     legend_above(ax, 2)
     return ax

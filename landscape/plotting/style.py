@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatterSciNotation
+from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 
 from landscape.statistics import Z95
 
@@ -87,6 +87,7 @@ PREDICTION_LOOKS: dict[str, Look] = {
     "isotropic": Look("#E69F00", DASHED, "^"),
     "covariance": Look("#009E73", DASH_DOT, "s"),
     "second-order": Look("#CC79A7", DOTTED, "v"),
+    "second-order-autodiff": Look("#882255", (0, (1, 2.5)), "h"),
     "w_a": Look("#000000", "-", "o"),
     "largest learner": Look("#D55E00", DOTTED, "P"),
 }
@@ -114,9 +115,14 @@ def display_name(name: str) -> str:
 
     >>> display_name("dpsgd-atc"), display_name("ssgd-star-0.01"), display_name("my run")
     ('DPSGD (ATC)', 'SSGD* (σ₀ = 0.01)', 'my run')
+    >>> display_name("ssgd-star-weights-low-rank")
+    'SSGD* (weights, low rank)'
     """
     if name in DISPLAY_NAMES:
         return DISPLAY_NAMES[name]
+    place, _, shape = name.removeprefix("ssgd-star-").partition("-")
+    if name.startswith("ssgd-star-") and place in ("weights", "gradient"):
+        return f"SSGD* ({place}, {shape.replace('-', ' ')})"
     return f"SSGD* (σ₀ = {name.removeprefix('ssgd-star-')})" if name.startswith("ssgd-star-") else name
 
 
@@ -197,6 +203,12 @@ def legend_above(ax: Axes, columns: int = 3, title: str | None = None) -> None:
             return
 
 
+def over_steps(ax: Axes, quantity: str) -> None:
+    """Label the axes of something over training steps, which are whole numbers."""
+    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    ax.set(xlabel="step", ylabel=quantity)
+
+
 def log_if_wide(ax: Axes, values: Iterable[float], ratio: float = 30.0) -> None:
     """A logarithmic y axis if positive values range over more than `ratio`; nothing if some are not positive."""
     finite = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
@@ -243,7 +255,8 @@ def reserve_top(ax: Axes, share: float) -> None:
 
 
 def dodge(steps: np.ndarray, index: int, count: int, share: float = 0.07) -> np.ndarray:
-    """Positions moved sideways so that error bars of several series stand beside each other."""
+    """Positions moved sideways so that error bars of several series stand beside each other, by at most a quarter of the gap in all."""
+    share = min(share, 0.25 / max(1, count - 1))
     gap = float(np.diff(steps).min()) if len(steps) > 1 else 1.0
     return np.asarray(steps, dtype=float) + gap * share * (index - (count - 1) / 2)
 

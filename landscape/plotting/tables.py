@@ -17,13 +17,14 @@ from landscape.plotting.maps import edge_of, rates_run
 from landscape.plotting.style import display_name
 from landscape.plotting.view import RunView
 from landscape.statistics import wilson_interval
-from landscape.theory.scorecard import scorecard, verdict_counts
+from landscape.theory.scorecard import run_scorecard, scorecard
 
 VERDICTS = {
     "agrees": "the whole 95% interval lies within 20% of the prediction",
     "holds": "the measurement lies below the bound or limit",
     "inconclusive": "the errors are too wide to tell",
     "disagrees": "the whole 95% interval lies outside the 20% band",
+    "mixed": "of a run: agrees or holds at some checkpoints, not at others",
     "violated": "the measurement lies above the bound or limit, beyond its errors",
     "not applicable": "there is nothing to compare",
 }
@@ -138,14 +139,15 @@ def verdict_table(view: RunView) -> Table:
     """How often each prediction got each verdict over the checkpoints of a run."""
     card = scorecard(view.groups)
     rows: list[list[Cell]] = []
-    for row in verdict_counts(card).reset_index().to_dict("records"):
+    for row in run_scorecard(card).reset_index().to_dict("records"):
         said = tuple((v, int(row[v])) for v in VERDICTS if row.get(v, 0) > 0)
         part = card[(card["quantity"] == row["quantity"]) & (card["prediction"] == row["prediction"])]
-        rows.append([_plain(str(row["quantity"])), _plain(str(row["prediction"])), said, _median_ratio(part)])
+        run: Cell = ((str(row["verdict"]), 0),)
+        rows.append([_plain(str(row["quantity"])), _plain(str(row["prediction"])), said, run, _median_ratio(part)])
     checkpoints = len({int(s) for g in view.groups.values() for s in g["step"].values})
     return Table(
         f"{display_name(view.label)}: verdicts over {checkpoints} checkpoints",
-        ["quantity", "prediction", "verdicts", "median ratio"],
+        ["quantity", "prediction", "checkpoints", "the run", "median ratio"],
         rows,
     )
 
@@ -155,7 +157,7 @@ def scorecard_table(view: RunView) -> Table:
     rows = [_score(row) for row in scorecard(view.groups).itertuples(index=False)]
     return Table(
         f"{display_name(view.label)}: every checkpoint. Errors are standard errors over the draws, at fixed learners.",
-        ["step", "quantity", "prediction", "measured", "predicted", "ratio", "verdict"],
+        ["step", "quantity", "prediction", "measured", "predicted", "ratio", "z", "verdict"],
         rows,
     )
 
@@ -227,8 +229,9 @@ def _score(row: Any) -> list[Cell]:
     predicted = (
         "∞ (unstable)" if infinite and row.quantity == "Tr Sigma_w" else with_error(row.predicted, row.predicted_stderr)
     )
+    z = "" if math.isnan(row.z) else f"{row.z:+.1f}"
     ratio = "" if infinite or pd.isna(row.ratio) else with_error(row.ratio, row.ratio_stderr)
-    return [str(row.step), _plain(row.quantity), _plain(row.prediction), with_error(row.measured, row.measured_stderr), predicted, ratio, ((str(row.verdict), 0),)]  # fmt: skip
+    return [str(row.step), _plain(row.quantity), _plain(row.prediction), with_error(row.measured, row.measured_stderr), predicted, ratio, z, ((str(row.verdict), 0),)]  # fmt: skip
 
 
 def _median_ratio(part: pd.DataFrame) -> str:
@@ -259,7 +262,10 @@ PLAIN = {
     "exact": "learners' kernel (exact)",
     "isotropic": "isotropic kernel",
     "covariance": "covariance kernel",
+    "second-order-autodiff": "second order, autodiff (no kinks)",
     "second-order": "second order",
+    "gradient noise": "minibatch noise",
+    "consensus noise": "Σ_w",
     "alpha": "α", "lambda": "λ", "Delta": "Δ", "Sigma": "Σ", "^2": "²",
 }  # fmt: skip
 

@@ -69,6 +69,7 @@ def conclusions(
             + _kernels(groups["dpsgd"])
             + _disagreement(groups["dpsgd"], "DPSGD (AWC)")
             + _smoothness(groups["dpsgd"])
+            + _direction(groups["dpsgd"])
         )
     if "dpsgd" in groups and "dpsgd-atc" in groups:
         said += _orders(groups, outcomes)
@@ -137,6 +138,9 @@ def _edge(edge: tuple[float, float, float], result: xr.Dataset) -> str:
 def _name(variant: str) -> str:
     if variant.startswith("ssgd-star-"):
         level = variant.removeprefix("ssgd-star-")
+        place, _, shape = level.partition("-")
+        if place in ("weights", "gradient"):
+            return f"SSGD* with calibrated noise on the {place} ({shape.replace('-', ' ')})"
         return (
             "SSGD* with noise matched to DPSGD's sigma_w(t)" if level == "matched" else f"SSGD* with sigma_0 = {level}"
         )
@@ -229,6 +233,25 @@ def _smoothness(groups: Mapping[str, xr.Dataset]) -> list[str]:
     if len(tightness):
         said += f", and the bound 2 G/sigma with the measured G lies {np.min(tightness):.3g} to {np.max(tightness):.3g} times above the measured smoothness: {'vacuous here' if np.min(tightness) > 10 else 'informative'}"
     return [said + "."]
+
+
+def _direction(groups: Mapping[str, xr.Dataset]) -> list[str]:
+    if "alignment" not in groups:
+        return []
+    at = groups["alignment"].isel(step=-1, subspace_size=-1)
+    names = {"gradient": "minibatch noise", "landscape": "landscape noise", "consensus": "the learners' spread"}
+    shares = {text: float(at["energy_share"].sel(noise=name)) for name, text in names.items()}
+    told = "; ".join(f"{share:.0%} of {text}" for text, share in shares.items() if math.isfinite(share))
+    said = [
+        f"At step {int(at['step'])} the {int(at['subspace_size'])} sharpest directions of the Hessian, a share {float(at['chance']):.1g} of all, hold {told}."
+    ]
+    carried = [
+        f"{text} {float(at['exponent'].sel(noise=name)):.2f} ({float(at['exponent_low'].sel(noise=name)):.2f} to {float(at['exponent_high'].sel(noise=name)):.2f})"
+        for name, text in names.items()
+        if str(at["exponent_verdict"].sel(noise=name).values) == "measured"
+    ]
+    words = "; ".join(carried) if carried else "none that the top eigenpairs carry"
+    return [*said, f"Exponents of noise on curvature there: {words}."]
 
 
 def _orders(groups: Mapping[str, Mapping[str, xr.Dataset]], outcomes: Mapping[str, tuple[str, float]]) -> list[str]:

@@ -23,8 +23,11 @@ COLUMNS = [
     "predicted_stderr",
     "ratio",
     "ratio_stderr",
+    "z",
     "verdict",
 ]
+EXPONENT_RANGE = (1.0, 2.0)
+"""Exponents of the law of noise against curvature that arXiv 2602.05600 finds."""
 
 
 def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> pd.DataFrame:
@@ -35,7 +38,8 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
         tolerance: of "agrees"; see `landscape.statistics.agreement`.
 
     Returns:
-        a table with COLUMNS; ratio is measured over predicted, or bound over measured (its tightness) for bounds.
+        a table with COLUMNS; ratio is measured over predicted, or bound over measured (its tightness) for bounds; z is measured less
+        predicted over the error of both (nan where neither has one, and for bounds). `scorecard_dataset` gives the same labelled.
     """
     rows: list[dict[str, Any]] = []
     for name, add in (
@@ -44,6 +48,7 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
         ("smoothing", _bounds),
         ("stability", _stability),
         ("ledger", _ledger),
+        ("alignment", _exponents),
     ):
         if name in groups:
             for step in groups[name]["step"].values:
@@ -52,21 +57,32 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
     return table.sort_values(["step"], kind="stable", ignore_index=True)
 
 
-def verdict_counts(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each prediction got each verdict over the checkpoints: the scorecard of a run."""
+def scorecard_dataset(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> xr.Dataset:
+    """The scorecard over (comparison, step), a comparison being "quantity: prediction"; nan and "" where a step has none."""
+    table = scorecard(groups, tolerance)
+    table = table.assign(comparison=table["quantity"] + ": " + table["prediction"]).set_index(["comparison", "step"])
+    labelled = table.drop(columns=["quantity", "prediction"]).to_xarray()
+    return labelled.assign(verdict=labelled["verdict"].fillna("").astype(str)).assign_attrs(tolerance=tolerance)
+
+
+def run_scorecard(table: pd.DataFrame) -> pd.DataFrame:
+    """The scorecard of a run: for each prediction how often it got each verdict over the checkpoints, and what that comes to.
+
+    The verdict of the run is that of its decisive checkpoints where they are of one mind, "mixed" where not, and "inconclusive" where there is none.
+
+    Returns:
+        a table by (quantity, prediction): a count for each verdict that occurs, median_ratio, num_checkpoints, verdict.
+    """
+    rows = table.replace([np.inf, -np.inf], np.nan).groupby(["quantity", "prediction"], sort=False)
     counts = table.groupby(["quantity", "prediction", "verdict"], sort=False).size().unstack(fill_value=0)
-    ratios = table.replace([np.inf, -np.inf], np.nan).groupby(["quantity", "prediction"], sort=False)["ratio"].median()
-    return counts.assign(median_ratio=ratios)
-
-
-def to_dataset(table: pd.DataFrame) -> xr.Dataset:
-    """The scorecard as labelled data over `row`."""
-    return xr.Dataset(
-        {
-            c: ("row", table[c].astype(str).to_numpy() if table[c].dtype == object else table[c].to_numpy())
-            for c in table.columns
-        }
+    return counts.assign(
+        median_ratio=rows["ratio"].median(), num_checkpoints=rows.size(), verdict=rows["verdict"].agg(_of_one_mind)
     )
+
+
+def _of_one_mind(verdicts: pd.Series) -> str:
+    decisive = set(verdicts) - {"inconclusive", "not applicable"}
+    return decisive.pop() if len(decisive) == 1 else "mixed" if decisive else "inconclusive"
 
 
 def _row(
@@ -78,8 +94,11 @@ def _row(
     compared: Estimate,
     verdict: Verdict,
 ) -> dict[str, Any]:
+    error = math.hypot(measured.stderr, predicted.stderr)
+    compares = verdict in ("agrees", "disagrees", "inconclusive") and error > 0 and math.isfinite(predicted.value)
+    z = (measured.value - predicted.value) / error if compares else math.nan
     return dict(zip(COLUMNS, (step, quantity, prediction, measured.value, measured.stderr, predicted.value, predicted.stderr,
-                              compared.value, compared.stderr, verdict), strict=True))  # fmt: skip
+                              compared.value, compared.stderr, z, verdict), strict=True))  # fmt: skip
 
 
 def _agreement_row(
@@ -168,3 +187,20 @@ def _ledger(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: fl
     paired = Estimate(measured.value, float(at["remainder_stderr"]))
     rows.append(_row(step, "one-step change of L", "ledger", measured, _number(at, "predicted_mean", "predicted_stderr"),
                      _signed_ratio(paired, predicted), agreement(paired, predicted, tolerance)))  # fmt: skip
+
+
+def _exponents(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    low, high = EXPONENT_RANGE
+    for name in at["noise"].values:
+        part = at.sel(noise=name)
+        measured = _number(part, "exponent", "exponent_stderr")
+        if not math.isfinite(measured.value):
+            continue
+        ends = float(part["exponent_low"]), float(part["exponent_high"])
+        verdict: Verdict = "inconclusive"
+        if str(part["exponent_verdict"].values) == "measured":
+            inside, outside = low <= ends[0] and ends[1] <= high, ends[1] < low or ends[0] > high
+            verdict = "agrees" if inside else "disagrees" if outside else "inconclusive"
+        middle = Estimate((low + high) / 2)
+        rows.append(_row(step, f"exponent of {name} noise on curvature", f"{low:g} to {high:g}", measured, middle,
+                         ratio(measured, middle), verdict))  # fmt: skip

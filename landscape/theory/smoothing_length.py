@@ -81,9 +81,8 @@ def smoothing_length(
 ) -> SmoothingLength:
     """The smallest scale of a kernel's deviations at which the top curvature of L~ has fallen to a target.
 
-    A geometric grid of factor 4 is walked upwards until the curvature, above the target at some scale, is below it at the next; that
-    bracket is halved in the logarithm. Curvature need not fall monotonically (it may rise first), so the first crossing is reported with
-    the whole curve.
+    A geometric grid of factor 4 is walked upwards while the curvature is above the target; the bracket of the first crossing is
+    halved in the logarithm. Curvature need not fall with smoothing (on real networks it may rise), so the whole curve is reported.
 
     Args:
         objective: L.
@@ -140,17 +139,16 @@ def _first_crossing(
     curvature: Callable[[float], float], found: dict[float, tuple[float, float]], target: float, smallest: float, largest: float,
     num_bisections: int,
 ) -> tuple[Status, float, float]:  # fmt: skip
-    low, here = smallest, curvature(smallest)
-    was_above = here > target
+    low = smallest
+    if curvature(smallest) <= target:
+        return "already below", math.nan, math.nan
     while low < largest:
         high = min(4 * low, largest)
-        there = curvature(high)
-        if here > target >= there:
+        if curvature(high) <= target:
             break
-        was_above = was_above or there > target
-        low, here = high, there
+        low = high
     else:
-        return ("not reached" if was_above else "already below"), math.nan, math.nan
+        return "not reached", math.nan, math.nan
     for _ in range(num_bisections):
         middle = math.sqrt(low * high)
         if curvature(middle) > target:

@@ -9,12 +9,14 @@ import torch
 from landscape.checkpoints import Run
 from landscape.checkpoints.format import MEASUREMENTS_FILE
 from landscape.experiments.checkpoint import MeasureConfig
-from landscape.experiments.measure import MEASURES, measure
+from landscape.experiments.measure import measure
+from landscape.experiments.measures import DEFAULT_MEASURES, MEASURES
 from landscape.experiments.train import train
 from landscape.objective import Objective
 from landscape.results import load_groups
 from landscape.tasks import Task
 from landscape.theory.scorecard import scorecard
+from landscape.theory.smoothed_loss import second_order_rate_ratio
 from landscape.training.config import TrainConfig
 
 LIGHT = MeasureConfig(num_draws=6, num_smoothing_samples=4, num_eigenpairs=4, max_matvecs=20, smoothing_matvecs=4)
@@ -28,7 +30,7 @@ def run_of(task: Task, path: Path, **changes: object) -> Run:
 def test_every_measure_at_every_checkpoint(tiny_task: Task, tmp_path: Path) -> None:
     run = run_of(tiny_task, tmp_path / "run")
     groups = measure(run, task=tiny_task, settings=LIGHT, quiet=True)
-    assert set(groups) == set(MEASURES)
+    assert set(groups) == set(DEFAULT_MEASURES)
     for name, group in groups.items():
         assert group["step"].values.tolist() == [0, 6, 12], name
         assert group.attrs["provenance_torch"] == str(torch.__version__)
@@ -40,6 +42,7 @@ def test_every_measure_at_every_checkpoint(tiny_task: Task, tmp_path: Path) -> N
         "E alpha_e / alpha",
         "Delta_S",
         "Tr Sigma_w",
+        "exponent of gradient noise on curvature",
         "smoothness of L~",
         "growth of disagreement",
         "one-step change of L",
@@ -66,6 +69,16 @@ def test_numbers_are_those_of_the_library_calls(tiny_task: Task, tmp_path: Path)
     top = [float(torch.linalg.eigvalsh(torch.func.hessian(loss)(w))[-1]) for w in (learners.mean, *learners.weights)]
     assert float(groups["curvature"]["lambda_max"].sel(step=12)) == pytest.approx(top[0], rel=1e-3)
     np.testing.assert_allclose(groups["curvature"]["learner_lambda_max"].sel(step=12), top[1:], rtol=1e-2)
+    covariance = measure(run, ("covariance", "noise"), [12], task=tiny_task, settings=LIGHT, quiet=True)
+    trace = covariance["covariance"]["gradient_trace"].sel(step=12)  # all 40 examples: exact
+    assert float(trace.sel(block="all")) == pytest.approx(
+        covariance["noise"]["gradient_covariance_trace"].item(), rel=1e-9
+    )
+    assert float(trace[1:].sum()) == pytest.approx(float(trace[0]), rel=1e-9)
+    spread = covariance["covariance"].sel(step=12, step_noise="landscape")
+    xi_d = covariance["noise"].sel(step=12)
+    systematic = float(xi_d["systematic_share"] * xi_d["Delta_2_mean"])
+    assert float(spread["step_trace"]) == pytest.approx(float(xi_d["Delta_2_mean"]) - systematic, rel=1e-6)
     half = groups["stability"]["alpha_lambda_half"].sel(step=12)
     assert float(half.sel(function="w_a")) == pytest.approx(0.15 * top[0], rel=1e-3)
     assert float(half.sel(function="sharpest-learner")) == pytest.approx(0.15 * max(top[1:]), rel=1e-2)
@@ -101,7 +114,10 @@ def test_every_kind_of_run_can_be_measured(tiny_task: Task, tmp_path: Path, chan
     if changes.get("algorithm") == "ssgd" or changes.get("num_learners") == 1:
         assert groups["noise"]["consensus_trace"].item() == 0
         assert groups["noise"]["Delta_2_mean"].item() == 0
+        assert np.isnan(groups["covariance"]["step_trace"].sel(step_noise="dpsgd")).all()
         assert "coupled_disagreement" not in groups["stability"]
+        assert groups["disagreement"]["consensus_trace"].item() == 0
+        assert np.isnan(groups["alignment"]["trace_alignment"].sel(noise="consensus")).all()
     elif changes.get("algorithm") == "ssgd-star":
         assert groups["noise"]["Delta_2_mean"].item() > 0
     else:
@@ -122,7 +138,21 @@ def test_a_diverged_checkpoint_is_left_out_and_named(tiny_task: Task, tmp_path: 
     writer.save_checkpoint(broken, model, run.learners(12).facts)
     groups = measure(run, ("noise",), [12, 13], task=tiny_task, settings=LIGHT, quiet=True)
     assert groups["noise"]["step"].values.tolist() == [12]
-    assert groups["noise"].attrs["skipped_steps"] == "13"
+    on_disk = load_groups(run.path / MEASUREMENTS_FILE)["noise"]
+    for group in (groups["noise"], on_disk):
+        assert (group.attrs["skipped_steps"], group.attrs["num_skipped"]) == ("13", 1)
+    writer.save_checkpoint(
+        dataclasses.replace(broken, params=torch.ones_like(broken.params), step=14), model, {"algorithm": "dpsgd"}
+    )
+    with pytest.raises(
+        ValueError,
+        match="does not record its learning_rate and local_batch_size; give --learning-rate and --local-batch-size",
+    ):
+        measure(run, ("noise",), [14], task=tiny_task, settings=LIGHT, quiet=True)
+    with pytest.raises(ValueError, match="step 14 does not record its local_batch_size; give --local-batch-size"):
+        measure(
+            run, ("noise",), [14], task=tiny_task, settings=dataclasses.replace(LIGHT, learning_rate=0.1), quiet=True
+        )
 
 
 def test_mistakes_are_explained(tiny_task: Task, tmp_path: Path) -> None:
@@ -136,4 +166,67 @@ def test_mistakes_are_explained(tiny_task: Task, tmp_path: Path) -> None:
     other = dataclasses.replace(tiny_task, load_data=lambda root: (shifted, test_data))
     with pytest.raises(ValueError, match="trained on other data"):
         measure(run, ("noise",), [12], task=other, settings=LIGHT, quiet=True)
-    assert measure(run, ("noise",), [12], task=other, settings=LIGHT, allow_other_data=True, quiet=True)
+    found = measure(run, ("noise",), [12], task=other, settings=LIGHT, allow_other_data=True, quiet=True)
+    first = found["noise"].attrs["settings"]  # holds the fingerprint: what other data gave is not taken for the run's
+    assert (
+        measure(run, ("noise",), [12], task=tiny_task, settings=LIGHT, quiet=True)["noise"].attrs["settings"] != first
+    )
+
+
+def test_the_length_of_smoothing_on_request(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run")
+    found = measure(run, ("smoothing-length",), [6, 12], task=tiny_task, settings=LIGHT, quiet=True)["smoothing-length"]
+    assert set(found["status"].values.ravel()) <= {"found", "already below", "not reached"}
+    assert float(found["target"].sel(step=6, kernel="learners")) == pytest.approx(2 / 0.3)
+
+
+def test_an_estimated_gradient_and_a_small_budget(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run")
+    names = ("effective-learning-rate", "noise")
+    exact = measure(run, names, [12], task=tiny_task, settings=LIGHT, quiet=True)["effective-learning-rate"].squeeze()
+    small = dataclasses.replace(LIGHT, memory_gb=1e-5, num_gradient_examples=32)
+    found = measure(run, names, [12], task=tiny_task, settings=small, quiet=True)["effective-learning-rate"].squeeze()
+    assert "estimated from 32 of 40" in found.attrs["full_gradient"]
+    gap = abs(float(found["alpha_e_ratio_mean"]) - float(exact["alpha_e_ratio_mean"]))
+    assert gap < 4 * math.hypot(float(found["alpha_e_ratio_stderr"]), float(exact["alpha_e_ratio_stderr"]))
+
+
+@pytest.mark.parametrize("place", ["weights", "gradient"])
+def test_a_run_with_calibrated_noise_is_measured_where_it_takes_its_gradients(
+    tiny_task: Task, tmp_path: Path, place: str
+) -> None:
+    source = run_of(tiny_task, tmp_path / "dpsgd", checkpoint_every=3)
+    star = {"algorithm": "ssgd-star", "sigma0": str(source.path), "noise_place": place, "noise_shape": "low-rank"}
+    run = run_of(tiny_task, tmp_path / "star", **star)
+    groups = measure(run, ("effective-learning-rate", "noise", "smoothing", "covariance"), [6], task=tiny_task, settings=LIGHT, quiet=True)  # fmt: skip
+    strength = groups["noise"]["Delta_2_mean"].item()
+    assert strength > 0 if place == "weights" else strength == 0
+
+
+def test_a_schedule_of_gamma_is_what_the_theory_sees(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run", gamma=0.8, gamma_schedule="step:6:0.5")
+    groups = measure(run, ("disagreement",), [0, 6, 12], task=tiny_task, settings=LIGHT, quiet=True)
+    plain = np.sort(np.linalg.eigvalsh(np.asarray(run.record["topology"]["matrices"][0])))[:-1]
+    for step, gamma in ((6, 0.4), (12, 0.4)):
+        found = np.sort(groups["disagreement"]["graph_mode_real"].sel(step=step).values)
+        np.testing.assert_allclose(found, 1 - gamma + gamma * plain, atol=1e-12)
+
+
+def test_under_cta_the_theory_takes_the_points_of_the_gradients(tiny_task: Task, tmp_path: Path) -> None:
+    run = run_of(tiny_task, tmp_path / "run", order="cta")
+    found = measure(run, ("effective-learning-rate", "smoothing"), [12], task=tiny_task, settings=LIGHT, quiet=True)
+    learners = run.learners(12)
+    points = torch.as_tensor(np.asarray(run.record["topology"]["matrices"][0])) @ learners.weights
+    data, _ = tiny_task.load_data(None)
+    objective = Objective(tiny_task.build_model().double(), tiny_task.loss_fn, data)
+    g = objective.gradient(learners.mean)
+    moved = dataclasses.replace(learners, weights=points)
+    rates = found["effective-learning-rate"].sel(step=12)["alpha_e_ratio_predicted"]
+    assert float(rates.sel(prediction="second-order")) == pytest.approx(
+        second_order_rate_ratio(objective, moved, g), rel=1e-8
+    )
+    assert float(rates.sel(prediction="exact")) == pytest.approx(
+        float(objective.stacked_gradients(points).mean(0) @ g / (g @ g)), rel=1e-8
+    )
+    change = float(objective.stacked_values(points).mean() - objective.value(learners.mean))
+    assert float(found["smoothing"].sel(step=12, kernel="learners")["loss_change"]) == pytest.approx(change, rel=1e-6)

@@ -55,9 +55,9 @@ def make_views(task: Task, folder: Path, measures: dict[str, tuple[str, ...]]) -
 @pytest.fixture(scope="session")
 def views(known_task: Task, tmp_path_factory: pytest.TempPathFactory) -> list[RunView]:
     """SSGD and DPSGD with every measure; SSGD* and DPSGD (ATC) with their rate and noise."""
-    from landscape.experiments.measure import MEASURES
+    from landscape.experiments.measures import DEFAULT_MEASURES
 
-    measures = {name: tuple(MEASURES) if name in ("ssgd", "dpsgd") else RATE_AND_NOISE for name in RUNS}
+    measures = {name: DEFAULT_MEASURES if name in ("ssgd", "dpsgd") else RATE_AND_NOISE for name in RUNS}
     return make_views(known_task, tmp_path_factory.mktemp("runs"), measures)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from landscape.plotting import dynamics, maps, noise, smoothing, stability
+from landscape.plotting import alignment, dynamics, maps, noise, smoothing, stability
 from landscape.plotting.style import LOOKS, looks, new_figure, save, style
 from landscape.plotting.view import RunView, distinct, load_view
 from landscape.statistics import Z95, wilson_interval
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from landscape.tasks import Task
 
 OF_ONE = [dynamics.effective_learning_rate, dynamics.one_step_ledger, noise.noise_split, smoothing.kink_part,
-          smoothing.smoothness_bounds, smoothing.difference_plateau, stability.stability_margin]  # fmt: skip
+          smoothing.smoothness_bounds, smoothing.difference_plateau, stability.stability_margin,
+          alignment.noise_law, alignment.layer_exponents, alignment.disagreement_modes, alignment.rate_by_layer,
+          alignment.step_noise_spectra]  # fmt: skip
 OF_MANY = [dynamics.training_loss, dynamics.held_out_accuracy, dynamics.weight_variance, noise.systematic_share, stability.coupled_growth]  # fmt: skip
 OF_MAPS = [maps.convergence_probability, maps.outcome_map, maps.threshold_sensitivity, maps.time_to_threshold]
 
@@ -288,3 +290,38 @@ def test_what_was_not_measured_is_said_with_the_remedy(dpsgd: RunView) -> None:
         dynamics.one_step_ledger(replace(dpsgd, groups={}), axes())
     with pytest.raises(ValueError, match="holds no run"):
         load_view(dpsgd.run.path / "checkpoints")
+
+
+def test_the_law_of_noise_shows_the_shares_and_says_what_is_inconclusive(dpsgd: RunView) -> None:
+    ax = alignment.noise_law(dpsgd, axes())
+    at = dpsgd.groups["alignment"].isel(step=-1)
+    points = [line for line in ax.get_lines() if line.get_marker() in "soD" and line.get_linestyle() == "None"]
+    for line, name in zip(points, ("gradient", "landscape", "consensus"), strict=True):
+        part = at.sel(noise=name)
+        expected = part["noise_along"].values / float(part["noise_trace"])
+        np.testing.assert_allclose(line.get_ydata(), expected[(expected > 0) & (at["eigenvalue"].values > 0)])
+        assert ("inconclusive" in line.get_label()) == (str(part["exponent_verdict"].values) != "measured")
+
+
+def test_unstable_modes_are_arrows_and_the_others_their_ratios(dpsgd: RunView) -> None:
+    at = dpsgd.groups["disagreement"].isel(step=-1)
+    count = at.sizes["eigen_index"]
+    predicted, ratio = np.full(count, 1.0), np.linspace(1, 2, count)
+    predicted[0], ratio[0] = np.inf, 0.0
+    last = {n: dpsgd.groups["disagreement"][n].values.copy() for n in ("mode_energy_predicted", "energy_ratio", "energy_ratio_low", "energy_ratio_high")}  # fmt: skip
+    for name, row in zip(last, (predicted, ratio, ratio / 2, ratio * 2), strict=True):
+        last[name][-1] = row
+    ax = alignment.disagreement_modes(with_group(dpsgd, "disagreement", **last), axes())
+    (arrows,) = marked(ax, "unstable-mode")
+    np.testing.assert_array_equal(arrows.get_xdata(), at["eigenvalue"].values[:1])
+    (container,) = ax.containers
+    np.testing.assert_allclose(container.lines[0].get_ydata(), ratio[1:])
+
+
+def test_a_layer_without_an_exponent_is_open(dpsgd: RunView) -> None:
+    group = dpsgd.groups["alignment-by-layer"]
+    verdicts = np.array([["measured", "inconclusive"]] * group.sizes["step"])
+    view = with_group(dpsgd, "alignment-by-layer", exponent_verdict=verdicts, exponent=np.ones(verdicts.shape))
+    ax = alignment.layer_exponents(view, axes())
+    assert [c.lines[0].get_markerfacecolor() for c in ax.containers] == ["#D55E00", "white"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == [str(v) for v in group["layer"].values]

@@ -109,7 +109,7 @@ def test_bounds_are_called_estimates_with_their_ratio(dpsgd: RunView, page: Page
     ratio = float((at["bound"].sel(bound_kind="paper") / at["smoothness"].sel(kernel="isotropic")).median())
     row = next(r for r in tables.verdict_table(dpsgd).rows if "2G/σ" in r[1])
     assert row[1].startswith("estimated bound")
-    assert row[3] == f"{tables.number(ratio)} bound / measured"
+    assert row[4] == f"{tables.number(ratio)} bound / measured"
     assert row[1] in page.text
 
 
@@ -118,7 +118,7 @@ def test_infinite_predictions_are_told_not_averaged(dpsgd: RunView) -> None:
     measured = group["consensus_trace"].values
     group["consensus_trace_predicted"] = ("step", [np.inf, measured[1] / 3, np.inf])
     row = next(r for r in tables.verdict_table(replace(dpsgd, groups={"noise": group})).rows if r[0] == "Tr Σ_w")
-    assert row[3] == "3 where finite; predicted ∞ at 2 of 3"
+    assert row[4] == "3 where finite; predicted ∞ at 2 of 3"
 
 
 def test_counts_of_the_map_leave_out_what_was_not_run(mapped: xr.Dataset, page: Page) -> None:

@@ -7,7 +7,7 @@ import xarray as xr
 from landscape.statistics import wilson_interval
 from landscape.theory.conclusions import choose_rate, conclusions
 from landscape.theory.edges import convergence, stability_edge
-from landscape.theory.scorecard import scorecard, to_dataset, verdict_counts
+from landscape.theory.scorecard import run_scorecard, scorecard, scorecard_dataset
 
 
 def rates(measured: float, stderr: float, **predicted: tuple[float, float]) -> xr.Dataset:
@@ -66,12 +66,28 @@ def test_vacuous_bounds_keep_their_ratio() -> None:
 
 
 def test_counts_and_labelled_form() -> None:
-    table = scorecard({"effective-learning-rate": rates(1.0, 0.01, exact=(1.0, 0.0), isotropic=(2.0, 0.0))})
-    counts = verdict_counts(table)
+    groups = {"effective-learning-rate": rates(1.0, 0.01, exact=(1.0, 0.0), isotropic=(2.0, 0.0))}
+    table = scorecard(groups)
+    counts = run_scorecard(table)
     assert counts.loc[("E alpha_e / alpha", "exact"), "agrees"] == 1
     assert counts.loc[("E alpha_e / alpha", "isotropic"), "disagrees"] == 1
-    labelled = to_dataset(table)
-    assert labelled["ratio"].values.tolist() == table["ratio"].tolist()
+    assert counts["verdict"].tolist() == ["agrees", "disagrees"]
+    labelled = scorecard_dataset(groups)
+    assert float(labelled["ratio"].sel(comparison="E alpha_e / alpha: isotropic", step=10)) == 0.5
+    assert str(labelled["verdict"].sel(comparison="E alpha_e / alpha: exact", step=10).values) == "agrees"
+    assert float(labelled["z"].sel(comparison="E alpha_e / alpha: isotropic", step=10)) == pytest.approx(-100)
+
+
+def test_a_run_is_of_one_mind_mixed_or_undecided() -> None:
+    first = rates(1.0, 0.01, exact=(1.0, 0.0))
+    both = xr.concat([first, first.assign_coords(step=[20])], "step")
+    other = xr.concat([first, rates(1.0, 0.01, exact=(2.0, 0.0)).assign_coords(step=[20])], "step")
+    wide = xr.concat([first, rates(1.0, 3.0, exact=(2.0, 0.0)).assign_coords(step=[20])], "step")
+    unknown = rates(1.0, 3.0, exact=(2.0, 0.0))
+    found = [
+        run_scorecard(scorecard({"effective-learning-rate": g}))["verdict"].item() for g in (both, other, wide, unknown)
+    ]
+    assert found == ["agrees", "mixed", "agrees", "inconclusive"]
 
 
 def mapped(ssgd: list[list[float]], dpsgd: list[list[float]], rates: list[float]) -> xr.Dataset:
