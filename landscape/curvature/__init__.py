@@ -16,6 +16,8 @@ from landscape.curvature.hessian import HessianOperator as HessianOperator
 from landscape.curvature.hessian import hessian as hessian
 from landscape.curvature.lanczos import Eigenpairs as Eigenpairs
 from landscape.curvature.lanczos import top_eigenpairs as top_eigenpairs
+from landscape.curvature.low_rank import LowRankOperator as LowRankOperator
+from landscape.curvature.low_rank import SampleCovarianceOperator as SampleCovarianceOperator
 from landscape.curvature.preflight import Preflight as Preflight
 from landscape.curvature.preflight import preflight as preflight
 from landscape.curvature.trace import DiagonalEstimate as DiagonalEstimate

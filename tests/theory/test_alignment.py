@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -382,7 +383,7 @@ def classifier(sizes: Sequence[int], count: int = 4000) -> tuple[Objective, Tens
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        for a, b in itertools.pairwise(sizes):
             layers += [nn.Linear(a, b), nn.Tanh()]
         net = nn.Sequential(*layers[:-1]).double()
         inputs = torch.randn(count, sizes[0]).double() * torch.logspace(0, -1.5, sizes[0]).double()
