@@ -19,7 +19,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
 	touch $@
 
-demo: $(VENV)/.installed ## train, measure, compare with the theory, report (about 8 minutes; resumes)
+demo: $(VENV)/.installed ## train, measure, compare with the theory, report (about 10 minutes; resumes)
 	$(BIN)/landscape reproduce --preset demo --out $(OUT)
 
 lint: $(VENV)/.installed-test ## lint, type check, import contract

@@ -33,7 +33,7 @@ class Reproduce:
     out: Path = Path("landscape-reproduce")
     """Directory of everything."""
     preset: Literal["full", "demo", "quick"] = "demo"
-    """quick (about a minute and a half), demo (about 8 minutes) or full (about three quarters of an hour), on two cores."""
+    """quick (about a minute and a half), demo (about 10 minutes) or full (about three quarters of an hour), on two cores."""
     num_seeds: int | None = None
     """Another number of seeds than the preset's; at least 2."""
     task: str = "mnist-mlp"

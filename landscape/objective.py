@@ -312,7 +312,7 @@ class Objective:
             points: x, (d,) for all alike, (n, d) for learners that stay where they are, or (K, n, d).
             indices: the minibatches.
 
-        Cost: K n minibatch gradients; where all points are one, a draw's n minibatches are differentiated as one batch.
+        Cost: K n minibatch gradients; where all points are one and it fits `chunk`, a draw's n minibatches are differentiated as one batch.
         """
         self._needs_independent_examples()
         draws, learners, batch = indices.shape
@@ -320,7 +320,7 @@ class Objective:
         at_once = max(
             1, self.memory_budget // (8 * self.num_parameters * self.dtype.itemsize)
         )  # weights, gradients, temporaries
-        if points.ndim == 1 and self.model.loss.per_example:
+        if points.ndim == 1 and self.model.loss.per_example and learners * batch <= self.chunk:
             for part in chunks(draws, min(at_once, max(1, self.chunk // (learners * batch)))):
                 held = points.expand(part.stop - part.start, -1)
                 averaged[part] = self._minibatches(held, indices[part].flatten(1), parts=learners)

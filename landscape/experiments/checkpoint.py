@@ -57,9 +57,11 @@ class MeasureConfig:
     num_probes: int = 12
     """Probes for traces of products of noise and curvature."""
     num_gradient_examples: int | None = None
-    """Examples for the full gradient that draws are compared with, debiased; all of them by default."""
+    """Examples for the full gradient that draws are compared with, debiased; all of them by default. Predictions and the ledger still
+    take the exact one."""
     memory_gb: float | int | None = None
-    """Memory, in GiB, that draws, kept graphs and bases of eigenproblems may take together; what is beyond is computed anew or put in a file."""
+    """Memory, in GiB, beside the learners' weights, that draws and kept graphs may take: what is beyond lies in a file or is computed anew.
+    Bases of eigenproblems (curvature, alignment) and single gradients are not bounded by it."""
     learning_rate: float | int | None = None
     """alpha, for checkpoints that do not record it; overrides what they record."""
     local_batch_size: int | None = None
@@ -118,16 +120,20 @@ class Checkpoint:
             return ReferenceGradient(self.gradient[None], self.objective.num_examples, self.objective.num_examples)
         return reference_gradient(self.objective, self.mean, count, seed=self.seed)
 
-    def share(self, part: int) -> int | None:
-        """So many eighths of the memory budget, in bytes."""
-        return None if self.settings.memory_gb is None else int(self.settings.memory_gb * 2**30) * part // 8
+    def share(self, part: int, among: int = 1) -> int | None:
+        """So many eighths of the memory budget, in bytes, shared among several."""
+        return None if self.settings.memory_gb is None else int(self.settings.memory_gb * 2**30) * part // (8 * among)
 
     @cached_property
     def topology(self) -> Topology:
         """M(t) as the run recorded it, with the gamma of the step that follows."""
+        return self.topology_at(self.step)
+
+    def topology_at(self, step: int) -> Topology:
+        """The same with the gamma of another step."""
         record = self.run.record["topology"]
         made = Topology(record["name"], record["num_learners"], record["kind"], np.asarray(record["matrices"]))
-        return made.damped(self.config.gamma_at(self.step))
+        return made.damped(self.config.gamma_at(step))
 
     @cached_property
     def mixing(self) -> Tensor:
@@ -181,6 +187,8 @@ class Checkpoint:
         """Kernels that apply: all for learners that differ, isotropic sigma_0 for SSGD*, and one trivial one for SSGD."""
         if self.sigma0:
             return ("isotropic",)
+        if callable(self.points):
+            return ()  # noise of another kind than these kernels
         return KERNELS if self.standing.consensus_distance > 0 else ("learners",)
 
     @cached_property
@@ -188,7 +196,7 @@ class Checkpoint:
         """Fresh minibatch gradients."""
         return draw_gradients(
             self.objective, self.mean, self.points, num_learners=len(self.learners), local_batch_size=self.local_batch_size,
-            num_draws=self.settings.num_draws, seed=self.seed, memory_budget=self.share(3),
+            num_draws=self.settings.num_draws, seed=self.seed, memory_budget=self.share(2),
         )  # fmt: skip
 
     @cached_property
@@ -255,7 +263,7 @@ class Checkpoint:
         points = self.points
         if callable(points) or self.learners.consensus_distance == 0:
             return [self.hessian]
-        return [HessianOperator(self.objective, p, memory_budget=self.share(1)) for p in points]
+        return [HessianOperator(self.objective, p, memory_budget=self.share(1, len(points))) for p in points]
 
     @cached_property
     def learner_lambda_max(self) -> list[float]:

@@ -25,10 +25,12 @@ from landscape.theory.smoothing_length import smoothing_length
 from landscape.theory.stability import coupled_stability
 from landscape.theory.stationary import predicted_consensus
 
+RATE_NAMES = ("alpha_e_ratio", "alignment", "gradient_norm_squared")
+"""What of the decomposition is about the rate; the rest is about the noise."""
+
 
 def _effective_learning_rate(at: Checkpoint) -> xr.Dataset:
-    kept = ["alpha_e_ratio", "alignment", "gradient_norm_squared"]
-    found = at.decomposition[[n for n in at.decomposition if str(n).startswith(tuple(kept)) and n != "alpha_e_ratio_exact"]
+    found = at.decomposition[[n for n in at.decomposition if str(n).startswith(RATE_NAMES) and n != "alpha_e_ratio_exact"]
                              + [n for n in ("identity_error", "gradient_is_significant") if n in at.decomposition]]  # fmt: skip
     names, values, errors = [], [], []
 
@@ -61,15 +63,21 @@ def _effective_learning_rate(at: Checkpoint) -> xr.Dataset:
 
 
 def _noise(at: Checkpoint) -> xr.Dataset:
-    drop = ["alpha_e_ratio", "alpha_e_ratio_mean", "alpha_e_ratio_stderr", "alpha_e_ratio_exact"]
-    found = at.decomposition.drop_vars([n for n in drop if n in at.decomposition])
+    found = at.decomposition.drop_vars([n for n in at.decomposition.data_vars if str(n).startswith(RATE_NAMES)])
+    found["gradient_norm_squared"] = at.decomposition["gradient_norm_squared"]
     alpha, n, batch = at.learning_rate, len(at.learners), at.local_batch_size
     c = at.covariance
     predicted = math.nan
     if at.config.algorithm == "dpsgd":
         try:
             predicted = predicted_consensus(
-                at.topology, at.rule, alpha, at.eigenpairs.values, c.along / batch, c.trace / batch
+                at.topology,
+                at.rule,
+                alpha,
+                at.eigenpairs.values,
+                c.along / batch,
+                c.trace / batch,
+                weight_decay=at.config.weight_decay,
             )
         except ValueError:
             predicted = math.nan  # graph modes that do not separate
@@ -110,10 +118,17 @@ def _curvature(at: Checkpoint) -> xr.Dataset:
 
 
 def _smoothing(at: Checkpoint) -> xr.Dataset:
-    parts = []
-    for kernel in KERNELS:
-        if kernel in at.smoothed:
-            parts.append(at.smoothed[kernel].to_xarray())
+    if not at.kernels:
+        nothing = {
+            name: ("kernel", np.full(len(KERNELS), math.nan))
+            for name in ("smoothness", "lambda_max_stderr", "loss_change")
+        }
+        reason = "calibrated noise that is no kernel of these"
+        made = xr.Dataset(
+            {**nothing, "bound": ("bound_kind", [math.nan])}, coords={"kernel": list(KERNELS), "bound_kind": ["paper"]}
+        )
+        return made.assign_attrs(kernels_left_out=reason)
+    parts = [at.smoothed[kernel].to_xarray() for kernel in KERNELS if kernel in at.smoothed]
     missing = [k for k in KERNELS if k not in at.smoothed]
     made = (
         xr.concat(parts, "kernel")
@@ -145,6 +160,11 @@ def _smoothing(at: Checkpoint) -> xr.Dataset:
 
 def _smoothing_length(at: Checkpoint) -> xr.Dataset:
     s = at.settings
+    if not at.kernels:
+        return xr.Dataset(
+            {"target": ((), 2 / at.learning_rate)},
+            attrs={"kernels_left_out": "calibrated noise that is no kernel of these"},
+        )
     parts = [
         smoothing_length(at.objective, at.standing, 2 / at.learning_rate, kernel=k, num_samples=s.num_smoothing_samples,
                          max_matvecs=s.smoothing_matvecs, seed=at.seed, sigma=at.sigma0).to_xarray()
@@ -183,7 +203,9 @@ def _stability(at: Checkpoint) -> xr.Dataset:
             {"long_name": f"largest stable alpha lambda of the {name}, on a quadratic"},
         )
     if at.config.algorithm == "dpsgd" and len(at.learner_hessians) == len(at.learners) > 1:
-        coupled = coupled_stability(at.learner_hessians, at.mixing, at.rule, alpha, at.learner_lambda_max,
+        decay = at.config.weight_decay
+        hessians = [h.shift(decay) for h in at.learner_hessians] if decay else at.learner_hessians
+        coupled = coupled_stability(hessians, at.mixing, at.rule, alpha, [v + decay for v in at.learner_lambda_max],
                                     max_matvecs=at.settings.max_matvecs, seed=at.seed)  # fmt: skip
         for name, value in asdict(coupled).items():
             made[f"coupled_{name}"] = ((), value)
@@ -221,7 +243,8 @@ def _alignment(at: Checkpoint) -> xr.Dataset:
     noise: dict[str, SymmetricOperator] = {
         "gradient": gradient_covariance(at.objective, at.mean, memory_budget=at.share(1))
     }
-    if float(at.decomposition["Delta_2_mean"]) > 0 and s.num_draws >= MIN_DRAWS:
+    fits = not at.draws.point_rows.spilled  # else the landscape noise is left out: its rows are needed whole
+    if float(at.decomposition["Delta_2_mean"]) > 0 and s.num_draws >= MIN_DRAWS and fits:
         noise["landscape"] = SampleCovarianceOperator(at.draws.landscape_rows.tensor())
     if at.learners.consensus_distance > 0:
         noise["consensus"] = LowRankOperator(at.learners.deviations.to(at.mean))
@@ -238,13 +261,26 @@ def _alignment_by_layer(at: Checkpoint) -> xr.Dataset:
 
 
 def _disagreement(at: Checkpoint) -> xr.Dataset:
-    c = at.covariance
     if at.config.algorithm != "dpsgd" or at.learners.consensus_distance == 0:
         text = "Tr Sigma_w; zero, for there is one learner or all are equal, and nothing to resolve"
         return xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": text})})
+    try:
+        found = _resolved_disagreement(at)
+    except ValueError as error:  # graph modes that do not separate
+        said = xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": "Tr Sigma_w"})})
+        return said.assign_attrs(unresolved=str(error))
+    return found
+
+
+def _resolved_disagreement(at: Checkpoint) -> xr.Dataset:
+    c, drawn = at.covariance, range(max(0, at.step - HISTORY), at.step)
+    gammas = {at.config.gamma_at(t) for t in drawn}
+    varying = len(drawn) > 0 and (not at.topology.is_static or len(gammas) > 1)
+    history = np.stack([at.topology_at(t).matrix(at.config.seed, t) for t in drawn]) if varying else None
     return disagreement_spectrum(
         at.learners.deviations.to(at.mean), at.eigenpairs, at.topology, at.rule, learning_rate=at.learning_rate,
-        noise_along=c.along / at.local_batch_size, noise_trace=c.trace / at.local_batch_size,
+        noise_along=c.along / at.local_batch_size, noise_trace=c.trace / at.local_batch_size, history=history,
+        weight_decay=at.config.weight_decay,
     ).drop_attrs(deep=False)  # fmt: skip
 
 
@@ -254,6 +290,9 @@ and the landscape-dependent part of the last."""
 
 MIN_NORMS = 40
 """Norms that a tail index needs."""
+
+HISTORY = 500
+"""Steps back from a checkpoint whose matrices M(t), where they vary, condition the prediction of the disagreement."""
 
 NOISE_KINDS = ("gradient", "landscape", "consensus")
 MIN_DRAWS = 6

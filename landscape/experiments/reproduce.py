@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {
         (20, 40, 60, 100, 150, 200, 300, 400, 500), DEFAULT_MEASURES, MeasureConfig(),
     ),
 }  # fmt: skip
-"""quick: about a minute and a half; demo: about 8 minutes; full: about three quarters of an hour, on two cores."""
+"""quick: about a minute and a half; demo: about 10 minutes; full: about three quarters of an hour, on two cores."""
 
 RECORDED: dict[str, dict[str, Any]] = {
     "ssgd": {"algorithm": "ssgd"},

@@ -112,8 +112,9 @@ def example_gram(
 
 
 def example_scale(objective: Objective) -> float:
-    """What a contribution's gradient is multiplied by, so that its mean over all N examples is the objective's gradient."""
-    return objective.num_examples / objective.norm
+    """What a contribution's gradient is multiplied by, so that its mean over all N examples (of all ranks) is the objective's gradient."""
+    count = torch.tensor(float(objective.num_examples), dtype=torch.float64, device=objective.device)
+    return float(objective.sum_over_ranks(count)) / objective.norm
 
 
 def default_budget(device: torch.device) -> int:

@@ -100,5 +100,9 @@ def reference_gradient(
             "an estimated full gradient needs a mean-reduced loss whose examples weigh the same; leave num_gradient_examples out"
         )
     order = streams.permutation(streams.philox("reference gradient", seed), total)[: num_groups * size]
-    indices = torch.from_numpy(order.reshape(num_groups, 1, size).copy())
-    return ReferenceGradient(objective.averaged_gradients(objective.flat(weights), indices), size, total)
+    flat = objective.flat(weights)
+    groups = torch.zeros(num_groups, len(flat), device=flat.device, dtype=flat.dtype)
+    for group, members in zip(groups, torch.from_numpy(order.copy()).split(size), strict=True):
+        for part in members.split(objective.chunk):  # all weigh the same
+            group += objective.averaged_gradients(flat, part[None, None])[0] * (len(part) / size)
+    return ReferenceGradient(groups, size, total)

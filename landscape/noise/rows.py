@@ -48,7 +48,7 @@ class Rows:
             self._memory[start : start + len(rows)] = rows
             return
         for i, row in enumerate(rows.to(self.dtype).detach().cpu().contiguous(), start):
-            content, written = memoryview(row.numpy()).cast("B"), 0
+            content, written = memoryview(row.view(torch.uint8).numpy()), 0
             while written < len(content):  # one call moves at most 2 GiB
                 written += os.pwrite(self._file.fileno(), content[written:], i * self._row_bytes + written)
 
@@ -82,8 +82,7 @@ class Rows:
         filled, view = 0, memoryview(content)
         while filled < len(content):
             filled += os.preadv(self._file.fileno(), [view[filled:]], offset + filled)
-        kind = np.dtype(str(self.dtype).removeprefix("torch."))
-        return torch.from_numpy(np.frombuffer(content, kind).reshape(rows, width)).to(self.device)
+        return torch.frombuffer(content, dtype=self.dtype).view(rows, width).to(self.device)
 
 
 CHUNK = 1 << 18

@@ -77,26 +77,26 @@ class TailIndex:
 def tail_index(norms: Float[np.ndarray, " m"], num_top: int | None = None) -> TailIndex:
     r"""The exponent of the tail of noise norms, by Hill's estimator.
 
-        With the norms descending and $u = X_{(k+1)}$ as the threshold,
+    With the norms descending and $u = X_{(k+1)}$ as the threshold,
 
-        $$\hat\alpha_k = \frac{k - 1}{\sum_{i=1}^{k} \log X_{(i)}/u}$$
+    $$\hat\alpha_k = \frac{k - 1}{\sum_{i=1}^{k} \log X_{(i)}/u}$$
 
-        is unbiased for an exact power law above u (Hill 1975, Ann. Stat. 3, 1163, with k - 1 for k), with standard deviation alpha/sqrt(k - 2). Any sample has
-        such an estimate: a Gaussian vector's norm has one that grows as k falls, and norms that vary little have a large one.
-        So the excess over u is held against an exponential tail by its coefficient of variation, and the estimate against the one of a quarter of the k. A tail that
-        is heavier than exponential in the sample's range and no power law beyond (a log-normal) is found out only by large samples, and the approach to a power
+    is unbiased for an exact power law above u (Hill 1975, Ann. Stat. 3, 1163, with k - 1 for k), with standard deviation alpha/sqrt(k - 2). Any sample has
+    such an estimate: a Gaussian vector's norm has one that grows as k falls, and norms that vary little have a large one.
+    So the excess over u is held against an exponential tail by its coefficient of variation, and the estimate against the one of a quarter of the k. A tail that
+    is heavier than exponential in the sample's range and no power law beyond (a log-normal) is found out only by large samples, and the approach to a power
     law that holds only far out biases the estimate beyond its error (2.75 for the norm of a Student vector of exponent 3 in ten dimensions).
 
-        Args:
-            norms: (m,) of independent noise vectors, positive; at least 40.
-            num_top: k; a tenth of m by default, and 10 at least.
+    Args:
+        norms: (m,) of independent noise vectors, positive; at least 40.
+        num_top: k; a tenth of m by default, and 10 at least.
 
-        >>> uniform = (np.arange(10000) + 0.5) / 10000
-        >>> pareto = tail_index(uniform ** (-1 / 3))  # quantiles of P(X > x) = x^-3
-        >>> round(pareto.index, 1), pareto.verdict
-        (3.0, 'heavy')
-        >>> tail_index(np.sqrt(-np.log(uniform))).verdict  # the norm of a Gaussian vector in the plane
-        'light'
+    >>> uniform = (np.arange(10000) + 0.5) / 10000
+    >>> pareto = tail_index(uniform ** (-1 / 3))  # quantiles of P(X > x) = x^-3
+    >>> round(pareto.index, 1), pareto.verdict
+    (3.0, 'heavy')
+    >>> tail_index(np.sqrt(-np.log(uniform))).verdict  # the norm of a Gaussian vector in the plane
+    'light'
     """
     values = np.sort(np.asarray(norms, dtype=np.float64))[::-1]
     count = len(values)

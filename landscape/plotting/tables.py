@@ -264,8 +264,6 @@ PLAIN = {
     "covariance": "covariance kernel",
     "second-order-autodiff": "second order, autodiff (no kinks)",
     "second-order": "second order",
-    "gradient noise": "minibatch noise",
-    "consensus noise": "Σ_w",
     "alpha": "α", "lambda": "λ", "Delta": "Δ", "Sigma": "Σ", "^2": "²",
 }  # fmt: skip
 

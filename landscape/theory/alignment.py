@@ -61,8 +61,8 @@ def noise_curvature_alignment(
 ) -> xr.Dataset:
     r"""Alignment of noise covariances with the Hessian, all of them over the same products with H.
 
-    - trace alignment $\mathrm{Tr}(CH)/(|C|_F |H|_F)$, in [-1, 1]: 1 where C is a multiple of H. Two independent random matrices of
-      effective ranks r have about $\pm 1/r$; positive semidefinite ones more, $\mathrm{Tr} C\, \mathrm{Tr} H/(d |C|_F |H|_F)$.
+    - trace alignment $\mathrm{Tr}(CH)/(|C|_F |H|_F)$, in [-1, 1]: 1 where C is a multiple of H. Its level for a C that knows nothing of
+      H is $\mathrm{Tr}\, C\, \mathrm{Tr}\, H/(d |C|_F |H|_F)$, which is not 0.
     - relative commutator $|CH - HC|_F/(\sqrt 2 |C|_F |H|_F)$, in [0, 1] (Boettcher & Wenzel 2008): 0 where eigenvectors are shared.
       Its square is estimated; the root is nan where the square is not told from 0 by two standard errors.
     - the law $u_i^T C u_i \sim \lambda_i^\gamma$ over positive eigenpairs with residual at most RESOLVED of their value: see `power_law`

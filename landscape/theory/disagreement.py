@@ -31,6 +31,7 @@ def disagreement_spectrum(
     noise_trace: float | int,
     history: np.ndarray | None = None,
     tolerance: float = 0.2,
+    weight_decay: float | int = 0.0,
 ) -> xr.Dataset:
     r"""Energies |v_a^H delta u_i|^2 of the learners' deviations, against the stationary variances of the local quadratic.
 
@@ -63,6 +64,7 @@ def disagreement_spectrum(
         topology: M(t).
         rule: order, momentum, dampening, Nesterov.
         learning_rate: alpha.
+        weight_decay: adds to every lambda.
         noise_along: (k,) c_i = u_i^T C u_i/B.
         noise_trace: Tr C/B.
         history: (T, n, n) matrices of the T steps before the checkpoint, the last one last.
@@ -103,7 +105,7 @@ def disagreement_spectrum(
 
     alpha = float(learning_rate)
     values, noise = np.append(eigenpairs.values, 0.0), np.append(noise_along, max(0.0, noise_trace - noise_along.sum()))
-    variance, covariance = learner_covariance(topology, rule, alpha * values, history)
+    variance, covariance = learner_covariance(topology, rule, alpha * (values + weight_decay), history)
     level = np.where(noise > 0, alpha**2 * noise, 0.0)
     with np.errstate(invalid="ignore"):  # an unstable mode without noise stays where it is
         predicted = np.where(level > 0, variance * level, 0.0)

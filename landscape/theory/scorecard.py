@@ -93,8 +93,10 @@ def _row(
     predicted: Estimate,
     compared: Estimate,
     verdict: Verdict,
+    *,
+    paired_stderr: float | None = None,
 ) -> dict[str, Any]:
-    error = math.hypot(measured.stderr, predicted.stderr)
+    error = math.hypot(measured.stderr, predicted.stderr) if paired_stderr is None else paired_stderr
     compares = verdict in ("agrees", "disagrees", "inconclusive") and error > 0 and math.isfinite(predicted.value)
     z = (measured.value - predicted.value) / error if compares else math.nan
     return dict(zip(COLUMNS, (step, quantity, prediction, measured.value, measured.stderr, predicted.value, predicted.stderr,
@@ -186,21 +188,21 @@ def _ledger(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: fl
     # the draws are paired: the error of the difference is the remainder's own
     paired = Estimate(measured.value, float(at["remainder_stderr"]))
     rows.append(_row(step, "one-step change of L", "ledger", measured, _number(at, "predicted_mean", "predicted_stderr"),
-                     _signed_ratio(paired, predicted), agreement(paired, predicted, tolerance)))  # fmt: skip
+                     _signed_ratio(paired, predicted), agreement(paired, predicted, tolerance), paired_stderr=paired.stderr))  # fmt: skip
 
 
 def _exponents(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:
+    """Of minibatch noise, which the prediction is of; its interval within the range, outside it, or neither."""
     low, high = EXPONENT_RANGE
-    for name in at["noise"].values:
-        part = at.sel(noise=name)
-        measured = _number(part, "exponent", "exponent_stderr")
-        if not math.isfinite(measured.value):
-            continue
-        ends = float(part["exponent_low"]), float(part["exponent_high"])
-        verdict: Verdict = "inconclusive"
-        if str(part["exponent_verdict"].values) == "measured":
-            inside, outside = low <= ends[0] and ends[1] <= high, ends[1] < low or ends[0] > high
-            verdict = "agrees" if inside else "disagrees" if outside else "inconclusive"
-        middle = Estimate((low + high) / 2)
-        rows.append(_row(step, f"exponent of {name} noise on curvature", f"{low:g} to {high:g}", measured, middle,
-                         ratio(measured, middle), verdict))  # fmt: skip
+    part = at.sel(noise="gradient")
+    measured = _number(part, "exponent", "exponent_stderr")
+    if not math.isfinite(measured.value):
+        return
+    ends = float(part["exponent_low"]), float(part["exponent_high"])
+    verdict: Verdict = "inconclusive"
+    if str(part["exponent_verdict"].values) == "measured":
+        inside, outside = low <= ends[0] and ends[1] <= high, ends[1] < low or ends[0] > high
+        verdict = "agrees" if inside else "disagrees" if outside else "inconclusive"
+    nearest = Estimate(min(max(measured.value, low), high))
+    rows.append(_row(step, "exponent of minibatch noise on curvature", f"{low:g} to {high:g}", measured, nearest,
+                     ratio(measured, nearest), verdict))  # fmt: skip

@@ -69,7 +69,7 @@ def smoothed_loss(
     exact = kernel == "learners"
     here = objective.value(mean)
     count = len(deviations) if exact else len(deviations) // 2
-    pairs = Rows((count, len(mean)), mean, memory_budget)
+    pairs = Rows((0 if exact else count, len(mean)), mean, memory_budget)
     changes, along = np.zeros(count), np.zeros(count)
     total = torch.zeros_like(g)
     for i in range(count):
@@ -77,7 +77,8 @@ def smoothed_loss(
         changes[i] = float(objective.stacked_values(mean + moves).mean()) - here
         paired = objective.stacked_gradients(mean + moves).double().mean(0)
         along[i] = float(paired @ g / (g @ g))
-        pairs.put(i, paired[None].to(mean))
+        if not exact:
+            pairs.put(i, paired[None].to(mean))
         total += paired
     squared = float(g @ g)
     if exact:
@@ -91,8 +92,10 @@ def _squared_mean(rows: Rows, total: Tensor, unit: float) -> Estimate:
     count = len(rows)
     if count < 2:
         return Estimate(math.nan, math.nan, count)
-    each = [rows.get(slice(i, i + 1))[0].double() for i in range(count)]
-    norms, along = np.array([float(p @ p) for p in each]), np.array([float(p @ total) for p in each])
+    norms, along = np.zeros(count), np.zeros(count)
+    for i in range(count):
+        pair = rows.get(slice(i, i + 1))[0].double()
+        norms[i], along[i] = float(pair @ pair), float(pair @ total)
     pairs = float(total @ total) - norms.sum()
     value = pairs / (count * (count - 1)) / unit
     if count < 3:

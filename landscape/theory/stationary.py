@@ -96,6 +96,8 @@ def predicted_consensus(
     eigenvalues: np.ndarray,
     noise_along: np.ndarray,
     noise_trace: float,
+    *,
+    weight_decay: float | int = 0.0,
 ) -> float:
     """Tr Sigma_w that minibatch noise alone would sustain on the quadratic at hand.
 
@@ -106,13 +108,14 @@ def predicted_consensus(
         eigenvalues: (k,) lambda_i of the computed eigenpairs of H.
         noise_along: (k,) c_i = u_i^T C u_i / B.
         noise_trace: Tr C / B; what is outside the computed eigenspace enters at lambda = 0.
+        weight_decay: adds to every lambda.
 
     Returns:
         (1/n) sum over disagreement modes and Hessian modes; infinite where a mode is unstable.
     """
     if topology.num_learners == 1:
         return 0.0
-    x = np.append(learning_rate * np.asarray(eigenvalues, dtype=np.float64), 0.0)
+    x = learning_rate * (np.append(np.asarray(eigenvalues, dtype=np.float64), 0.0) + weight_decay)
     c = np.append(noise_along, max(0.0, noise_trace - float(np.sum(noise_along))))
     variance = disagreement_variance(topology, rule, x, learning_rate**2 * c)
     with np.errstate(invalid="ignore"):

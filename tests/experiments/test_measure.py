@@ -42,7 +42,7 @@ def test_every_measure_at_every_checkpoint(tiny_task: Task, tmp_path: Path) -> N
         "E alpha_e / alpha",
         "Delta_S",
         "Tr Sigma_w",
-        "exponent of gradient noise on curvature",
+        "exponent of minibatch noise on curvature",
         "smoothness of L~",
         "growth of disagreement",
         "one-step change of L",
@@ -199,6 +199,9 @@ def test_a_run_with_calibrated_noise_is_measured_where_it_takes_its_gradients(
     star = {"algorithm": "ssgd-star", "sigma0": str(source.path), "noise_place": place, "noise_shape": "low-rank"}
     run = run_of(tiny_task, tmp_path / "star", **star)
     groups = measure(run, ("effective-learning-rate", "noise", "smoothing", "covariance"), [6], task=tiny_task, settings=LIGHT, quiet=True)  # fmt: skip
+    assert np.isnan(groups["smoothing"]["smoothness"]).all() == (
+        place == "weights"
+    )  # no kernel of these smooths like it
     strength = groups["noise"]["Delta_2_mean"].item()
     assert strength > 0 if place == "weights" else strength == 0
 
@@ -210,6 +213,15 @@ def test_a_schedule_of_gamma_is_what_the_theory_sees(tiny_task: Task, tmp_path: 
     for step, gamma in ((6, 0.4), (12, 0.4)):
         found = np.sort(groups["disagreement"]["graph_mode_real"].sel(step=step).values)
         np.testing.assert_allclose(found, 1 - gamma + gamma * plain, atol=1e-12)
+
+
+def test_graph_modes_that_do_not_separate_leave_the_rest_measured(tiny_task: Task, tmp_path: Path) -> None:
+    swap, cycle = np.eye(4)[[1, 0, 2, 3]], np.eye(4)[[0, 2, 3, 1]]
+    matrix = (np.eye(4) + swap + cycle) / 3  # doubly stochastic, not normal
+    run = train(tiny_task, BASE, tmp_path / "run", topology=matrix, quiet=True)
+    found = measure(run, ("noise", "disagreement"), [12], task=tiny_task, settings=LIGHT, quiet=True)
+    assert found["disagreement"]["consensus_trace"].item() == pytest.approx(found["noise"]["consensus_trace"].item())
+    assert math.isnan(found["noise"]["consensus_trace_predicted"].item())
 
 
 def test_under_cta_the_theory_takes_the_points_of_the_gradients(tiny_task: Task, tmp_path: Path) -> None:

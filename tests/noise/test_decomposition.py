@@ -328,3 +328,23 @@ def test_one_learner_has_no_disagreement() -> None:
     found = measure_noise(objective, one, learning_rate=0.7, local_batch_size=8, num_draws=4)
     assert float(found["Delta_2_mean"]) == 0
     assert math.isnan(float(found["systematic_share"]))
+
+
+def test_groups_larger_than_a_chunk_are_taken_in_parts() -> None:
+    objective, learners = network()
+    small = Objective(
+        objective.model.module, nn.CrossEntropyLoss(), (objective.data.inputs, objective.data.targets), chunk=3
+    )  # type: ignore[union-attr]
+    whole, parts = (reference_gradient(o, learners.mean, 48, num_groups=4) for o in (objective, small))
+    torch.testing.assert_close(whole.groups, parts.groups)
+    plain, chunked = (
+        measure_noise(o, learners, learning_rate=0.7, local_batch_size=8, num_draws=3) for o in (objective, small)
+    )
+    np.testing.assert_allclose(plain["Delta"], chunked["Delta"], rtol=1e-10)
+
+
+def test_rows_of_bfloat16_go_through_a_file() -> None:
+    numbers = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    spilled = Rows((3, 5), numbers, 10)
+    spilled.put(0, numbers)
+    assert torch.equal(spilled.tensor(), numbers)

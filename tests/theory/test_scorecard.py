@@ -78,6 +78,37 @@ def test_counts_and_labelled_form() -> None:
     assert float(labelled["z"].sel(comparison="E alpha_e / alpha: isotropic", step=10)) == pytest.approx(-100)
 
 
+def test_the_ledger_is_judged_by_the_error_of_paired_draws() -> None:
+    numbers = {
+        "realised_mean": -0.10,
+        "realised_stderr": 0.02,
+        "predicted_mean": -0.09,
+        "predicted_stderr": 0.02,
+        "remainder_stderr": 0.001,
+    }
+    ledger = xr.Dataset({name: ("step", [value]) for name, value in numbers.items()}, coords={"step": [10]})
+    row = scorecard({"ledger": ledger}).iloc[0]
+    assert row["z"] == pytest.approx(-10)
+    assert row["verdict"] == "agrees"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(1.1, 1.6, "agrees"), (0.5, 0.9, "disagrees"), (0.8, 1.2, "inconclusive")]
+)
+def test_an_exponent_is_held_against_the_published_range(low: float, high: float, verdict: str) -> None:
+    middle = (low + high) / 2
+    values = {"exponent": middle, "exponent_stderr": 0.1, "exponent_low": low, "exponent_high": high}
+    at = xr.Dataset(
+        {n: (("step", "noise"), [[v]]) for n, v in values.items()}, coords={"step": [10], "noise": ["gradient"]}
+    )
+    at["exponent_verdict"] = (("step", "noise"), [["measured"]])
+    row = scorecard({"alignment": at}).iloc[0]
+    assert row["verdict"] == verdict
+    assert row["z"] == pytest.approx(min(0.0, middle - 1) / 0.1)
+    at["exponent_verdict"] = (("step", "noise"), [["inconclusive"]])
+    assert scorecard({"alignment": at}).iloc[0]["verdict"] == "inconclusive"
+
+
 def test_a_run_is_of_one_mind_mixed_or_undecided() -> None:
     first = rates(1.0, 0.01, exact=(1.0, 0.0))
     both = xr.concat([first, first.assign_coords(step=[20])], "step")

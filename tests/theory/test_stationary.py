@@ -310,3 +310,12 @@ def test_the_predicted_consensus_outside_stability_and_of_one_learner() -> None:
         assert predicted_consensus(topology(name, 1), LocalRule("awc"), *arguments) == 0
     # an unstable mode without noise of its own adds none
     assert np.isfinite(predicted_consensus(RING, LocalRule("awc"), 0.1, np.array([100.0]), np.array([0.0]), 3.0))
+
+
+def test_weight_decay_adds_to_every_curvature() -> None:
+    ring, rule, eigenvalues, noise = topology("ring", 6), LocalRule("awc"), np.array([1.0, 0.3]), np.array([0.5, 0.2])
+    found = predicted_consensus(ring, rule, 0.2, eigenvalues, noise, 1.5, weight_decay=0.1)
+    shifted = np.append(eigenvalues, 0.0) + 0.1
+    everything = disagreement_variance(ring, rule, 0.2 * shifted, 0.04 * np.array([0.5, 0.2, 0.8])).sum() / 6
+    assert found == pytest.approx(everything, rel=1e-12)
+    assert found < predicted_consensus(ring, rule, 0.2, eigenvalues, noise, 1.5)
