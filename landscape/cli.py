@@ -227,6 +227,10 @@ class Replay:
     """What becomes of the landscape noise's mean."""
     noise_every: int | None = None
     """Steps between refreshes of the matched noise."""
+    noise_zero_sum: bool | None = None
+    """Whether noises on the weights sum to zero over the learners."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
     num_steps: int | None = None
     """Where to end, counted from the run's start."""
     device: str | None = None

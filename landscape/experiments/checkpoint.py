@@ -35,6 +35,7 @@ from landscape.theory.smoothing import (
 )
 from landscape.training.algorithms import gradient_points
 from landscape.training.config import TrainConfig
+from landscape.training.loop import sum_to_zero
 from landscape.training.topology import Topology
 
 
@@ -151,8 +152,15 @@ class Checkpoint:
         """SSGD*'s level of independent isotropic noise on the weights at this step; None for other algorithms and other noise."""
         if self.config.algorithm != "ssgd-star":
             return None
-        if "sigma0" in self.learners.facts or self.config.is_calibrated:
-            return self.learners.facts.get("sigma0")
+        if self.config.is_calibrated or self.config.noise_zero_sum:
+            return None
+        return self._level
+
+    @cached_property
+    def _level(self) -> float:
+        """SSGD*'s level of isotropic noise, whether or not it sums to zero."""
+        if "sigma0" in self.learners.facts:
+            return float(self.learners.facts["sigma0"])
         level = self.config.sigma0
         return (
             float(matched_sigma0(level, self.config.num_steps + 1)[self.step])
@@ -172,6 +180,10 @@ class Checkpoint:
         weights = self.learners.weights.to(self.mean)
         if self.sigma0:
             return weight_noise_points(self.learners, self.sigma0, self.seed)
+        if self.config.noise_zero_sum and self._level:
+            drawn = weight_noise_points(self.learners, self._level, self.seed)
+            assert callable(drawn)
+            return lambda draw: weights + sum_to_zero(drawn(draw).to(weights) - weights, len(weights))
         return gradient_points(self.config.algorithm, self.config.order, weights, self.mixing)
 
     @cached_property

@@ -15,7 +15,7 @@ import xarray as xr
 from landscape.experiments.sweep import stability_map
 from landscape.experiments.variants import Variant
 from landscape.results import save_dataset, stamp
-from landscape.statistics import Z95, Estimate, agreement, ratio
+from landscape.statistics import Z95, Estimate, agreement, bound_verdict, ratio
 from landscape.tasks import Task, get_task
 from landscape.theory.edges import convergence, edge_bracket, edge_interval, stability_edge
 from landscape.theory.scorecard import COLUMNS, TOLERANCE
@@ -151,7 +151,8 @@ def edge_scorecard(
         tolerance: of "agrees".
 
     Returns:
-        rows in the format of `landscape.theory.scorecard`: one for each threshold, and one for the smallest. The error of the measured
+        rows in the format of `landscape.theory.scorecard`: the smallest threshold is the prediction of the edge, the others are upper
+        bounds on it. The error of the measured
         edge is that of an interval which bounds it conservatively, so "agrees" needs a narrow bracket and enough seeds.
     """
     graph = make_topology(config.topology, config.num_learners)
@@ -164,14 +165,15 @@ def edge_scorecard(
     rows = []
     for name, threshold in thresholds.items():
         predicted = ratio(Estimate(threshold), curvature)
+        binding = threshold == min(thresholds.values())
         measured = found.estimate
         compared = ratio(measured, predicted) if math.isfinite(predicted.value) else Estimate(0.0)
         error = math.hypot(measured.stderr, predicted.stderr)
         row = {
             "step": step, "quantity": f"stability edge of {found.variant}", "prediction": name, "measured": measured.value,
             "measured_stderr": measured.stderr, "predicted": predicted.value, "predicted_stderr": predicted.stderr, "ratio": compared.value,
-            "ratio_stderr": compared.stderr, "verdict": agreement(measured, predicted, tolerance),
-            "z": (measured.value - predicted.value) / error if error > 0 else math.nan,
+            "ratio_stderr": compared.stderr, "verdict": agreement(measured, predicted, tolerance) if binding else bound_verdict(measured, predicted.value),
+            "z": (measured.value - predicted.value) / error if binding and error > 0 else math.nan,
         }  # fmt: skip
         rows.append({column: row[column] for column in COLUMNS})
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -44,6 +44,8 @@ def replay(
     noise_shape: NoiseShape | None = None,
     noise_drift: NoiseDrift | None = None,
     noise_every: int | None = None,
+    noise_zero_sum: bool | None = None,
+    checkpoint_every: int | None = None,
     num_steps: int | None = None,
     device: str | None = None,
     data_root: str | Path | None = None,
@@ -72,10 +74,12 @@ def replay(
         learning_rate: the base rate; the schedule's factor stays.
         gamma: controlled disagreement.
         sigma0: SSGD*'s noise level, a run to match, or a profile.
-        noise_place: see `TrainConfig`; so the three below.
+        noise_place: see `TrainConfig`; so the four below.
         noise_shape: what the matched noise keeps.
         noise_drift: what becomes of the landscape noise's mean.
         noise_every: steps between refreshes.
+        noise_zero_sum: whether noises on the weights sum to zero.
+        checkpoint_every: steps between checkpoints.
         num_steps: where to end, counted from the run's start; the run's own end by default.
         device: where to compute; the run's own by default.
         data_root: for tasks that read from disk.
@@ -100,12 +104,14 @@ def replay(
     wanted: dict[str, Any] = {
         "algorithm": algorithm, "order": order, "topology": None if topology is None else graph.name, "learning_rate": learning_rate,
         "gamma": gamma, "sigma0": sigma0, "noise_place": noise_place, "noise_shape": noise_shape, "noise_drift": noise_drift,
-        "noise_every": noise_every, "num_steps": num_steps, "device": device,
+        "noise_every": noise_every, "noise_zero_sum": noise_zero_sum, "checkpoint_every": checkpoint_every, "num_steps": num_steps, "device": device,
     }  # fmt: skip
     if isinstance(topology, str):
         wanted["topology"] = topology
     config = _changed(run.config, {name: value for name, value in wanted.items() if value is not None})
     _check_steps(run, step, config)
+    if config.algorithm == "ssgd-star" != run.config.algorithm and not config.sigma0:
+        raise ValueError("SSGD* needs its noise; give sigma0 (--sigma0): a level, a DPSGD run or a profile")
     averaged = run.config.algorithm == "dpsgd" and config.algorithm != "dpsgd" and len(learners) > 1
     changes = {name: list(pair) for name, pair in run.config.changes(config).items()}
     same_noise = config.is_calibrated and not set(changes) & set(NOISE_FIELDS)

@@ -64,6 +64,11 @@ def stability_map(
         raise ValueError("matched SSGD* noise needs DPSGD (AWC) in the same map")
     if any(v.sigma0 == "calibrated" and v.noise_every < 1 for v in variants):
         raise ValueError("calibrated SSGD* noise needs noise_every of at least 1")
+    names = [v.name for v in variants]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"variants of one name cannot share a map: {', '.join(sorted({n for n in names if names.count(n) > 1}))}"
+        )
     train_data, test = task.load_data(data_root)
     pairs = [(float(rate), int(seed)) for rate in learning_rates for seed in seeds]
     total = len(variants) * len(pairs) * config.num_steps

@@ -101,6 +101,8 @@ def record_run(
         raise ValueError(
             f"topology {graph.name} is damped by gamma {graph.gamma:g}; give gamma in the configuration instead"
         )
+    if isinstance(config.sigma0, str) and not resume and Path(config.sigma0).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"the run in {out} cannot have its noise matched to itself; choose another directory")
     resuming = claim(out, resume=resume, overwrite=overwrite)
     train_data, test_data = task.load_data(data_root)
     fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}
@@ -261,7 +263,17 @@ def _matched_noise(
 
 def matched_sigma0(run_path: str, num_steps: int) -> np.ndarray:
     """SSGD*'s noise level (T,) matched to the sigma_w(t) that a DPSGD run recorded, interpolated between its logged steps."""
-    metrics = open_run(run_path).metrics
+    source = open_run(run_path)
+    if source.config.algorithm != "dpsgd" or source.config.num_learners < 2:
+        raise ValueError(
+            f"{run_path} is no DPSGD run of several learners, so its learners do not differ; noise cannot be matched to it"
+        )
+    if source.config.order == "cta":
+        raise ValueError(
+            f"{run_path} ran under CTA, whose gradients are taken at M w and not at the w whose spread it recorded; match its checkpoints "
+            "with noise_every"
+        )
+    metrics = source.metrics
     if "sigma_w" not in metrics or metrics["sigma_w"].dropna().empty:
         raise ValueError(f"{run_path} recorded no sigma_w, so SSGD*'s noise cannot be matched to it")
     known = metrics.dropna(subset=["sigma_w"])

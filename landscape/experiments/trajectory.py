@@ -50,7 +50,7 @@ def run_flatness(
     if len(points) < MIN_STEPS:
         raise ValueError(
             f"the variance along {run.path} needs at least {MIN_STEPS} checkpoints with finite weights, not {len(points)}; "
-            "make them with: landscape replay RUN --step S --checkpoint-every 1"
+            "make them with: landscape replay RUN --step S --checkpoint-every 1 --out DIR"
         )
     trajectory = torch.stack(points).to(objective.device, objective.dtype)
     return variance_flatness(objective, trajectory, num_directions=num_directions)

@@ -112,7 +112,13 @@ def calibrated_profile(
         run = train(task, source, path, data_root=data_root, resume=resume, quiet=True)
         (out / "noise").mkdir(parents=True, exist_ok=True)
         for kind, profile in calibrate_shapes(
-            run, variant.noise_place, missing, data_root=data_root, task=task
+            run,
+            variant.noise_place,
+            missing,
+            every=variant.noise_every,
+            device=config.device,
+            data_root=data_root,
+            task=task,
         ).items():
             save_profile(profile, kept(kind))
     return load_profile(kept(own))

@@ -155,9 +155,9 @@ def disagreement_modes(view: RunView, ax: Axes | None = None) -> Axes:
     ax.axhline(1, color="#777777", linewidth=0.8, linestyle=DOTTED, label="minibatch noise alone")
     log_scale(ax)
     log_scale(ax, "x")
-    if (~finite).any():
+    unstable = values[np.isinf(at["mode_energy_predicted"].values)]
+    if len(unstable):
         ax.autoscale_view()
-        unstable = values[np.isinf(at["mode_energy_predicted"].values)]
         (height,) = band_at_top(ax, 1, "unstable: nothing finite is predicted (↑)")
         ax.plot(unstable, np.full(len(unstable), height - 0.02), transform=ax.get_xaxis_transform(), linestyle="none", marker=r"$\uparrow$",
                 color=look.colour, markersize=6, gid="unstable-mode")  # fmt: skip

@@ -159,6 +159,9 @@ def _training(views: Sequence[RunView]) -> Section:
 def _measured(views: Sequence[RunView]) -> list[Section]:
     spread = [v for v in views if v.run.config.algorithm == "dpsgd"]
     noisy = [v for v in views if v.run.config.algorithm != "ssgd"]
+    smoothed = [
+        v for v in views if "kink_part" in v.groups.get("smoothing", xr.Dataset())
+    ]  # calibrated noise is no kernel
     return [
         _per_run("rate", "Effective learning rate", "α_e/α compares the part of the averaged gradient that goes along the exact gradient g with a full step: 1 for SSGD on average. "
                  "Each prediction smooths the landscape with another kernel; the learners' own is exact, so it checks the measurement, and the others are the theory.",
@@ -170,9 +173,9 @@ def _measured(views: Sequence[RunView]) -> list[Section]:
                  "Under AWC the disagreement between learners has a lower limit. The smoothed curvatures speak of the average at frozen deviations only; the growth of the disagreement takes all learners at once.",
                  views, "stability", stability.stability_margin, "Learning rate times largest curvature over two, against its limits", "Errors: 95% intervals over sampled deviations.", _coupled(spread)),
         _per_run("smoothing", "How smooth is the smoothed landscape?", "Estimated bounds: they rest on the largest gradient met, so they are not proofs. A bound far above the measurement is vacuous, and its ratio says how far.",
-                 views, "smoothing", smoothing.smoothness_bounds, "Measured smoothness below its estimated bounds", "The legend gives the median of bound over measurement."),
+                 smoothed, "smoothing", smoothing.smoothness_bounds, "Measured smoothness below its estimated bounds", "The legend gives the median of bound over measurement."),
         _per_run("kinks", "Curvature at the kinks", "A ReLU network has curvature at its kinks that automatic differentiation does not see. It is measured as the derivative of the smoothed gradient less the average Hessian. "
-                 "Differences are only as good as their step: the second figure of a run should be flat.", views, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", "95% intervals over sampled deviations; the learners' own kernel is exact.", _each(views, "smoothing", smoothing.difference_plateau, "Curvature against the step of the finite differences", "A flat line: the result does not hang on the step of the differences.")),
+                 "Differences are only as good as their step: the second figure of a run should be flat.", smoothed, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", "95% intervals over sampled deviations; the learners' own kernel is exact.", _each(smoothed, "smoothing", smoothing.difference_plateau, "Curvature against the step of the finite differences", "A flat line: the result does not hang on the step of the differences.")),
         _per_run("alignment", "Where the noise points", "Whether noise is large where curvature is: the share of each noise along the top eigenvectors of the Hessian. "
                  "Isotropic noise would put the same tiny share, one over the number of weights, on each.", views, "alignment", alignment.noise_law,
                  "Share of each noise along eigenvectors of the Hessian against their eigenvalues", "The last checkpoint measured. A thin line: the points do not carry an exponent.", _each(views, "alignment-by-layer", alignment.layer_exponents, "Exponent of minibatch noise on curvature by layer", "Exponents by layer; open: the layer does not carry one.", height=2.4)),

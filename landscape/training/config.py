@@ -125,13 +125,13 @@ class TrainConfig:
         found += self._noise_problems()
         try:
             parse_schedule(self.schedule, self.num_steps)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             found.append(("schedule", str(error)))
         try:
             low, high = self.gamma_range
             require((low >= 0 and high <= 1) or not 0 <= self.gamma <= 1, "gamma_schedule",
                     f"takes gamma to {high:g}; it must stay in [0, 1]")  # fmt: skip
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             found.append(("gamma_schedule", str(error)))
         return found
 

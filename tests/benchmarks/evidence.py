@@ -1,6 +1,6 @@
 """What holds on real digits: runs of every order, some topologies and smooth activations, measured, with their scorecards.
 
-    python -m tests.benchmarks.evidence OUT [--rate 1.2] [--seed 1]
+    python -m tests.benchmarks.evidence OUT [--rate 1.2] [--seed 1] [--rescue DIR]
 
 Trains and measures what is missing in OUT (it resumes) and stores results/evidence_digits.json: for each run how it ended, the verdicts of its
 scorecard, and the numbers behind the questions of theory.md sec. 3 to 7 at each checkpoint.
@@ -19,6 +19,8 @@ import xarray as xr
 
 import landscape as ls
 from landscape.checkpoints.format import RUN_FILE
+from landscape.experiments.rescue import RESCUE_FILE
+from landscape.results import load_dataset
 from landscape.theory.scorecard import run_scorecard
 from tests.benchmarks.timing import store
 
@@ -77,13 +79,25 @@ def numbers(groups: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     return found
 
 
+def counts(result: xr.Dataset) -> dict[str, Any]:
+    """What the rescue experiment found: converged runs of each variant with their interval, and its conclusion."""
+    rates = result["learning_rate"].values.tolist()
+    table = {
+        str(variant): {name: plain(result[name].sel(variant=variant)) for name in ("num_converged", "num_seeds", "low", "high", "num_rescued", "num_failed")}
+        for variant in result["variant"].values
+    }  # fmt: skip
+    return {"learning_rates": rates, "variants": table, "conclusion": result.attrs["conclusion"]}
+
+
 def main() -> None:
     """Train, measure, store."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--rate", type=float, default=1.2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rescue", type=Path, help="what `landscape rescue --out DIR` made, to be stored beside")
     arguments = parser.parse_args()
+    rescue = {} if arguments.rescue is None else {"rescue": counts(load_dataset(arguments.rescue / RESCUE_FILE))}
     table: dict[str, Any] = {}
     for label, (task, changes) in RUNS.items():
         config = ls.TrainConfig(
@@ -104,7 +118,7 @@ def main() -> None:
             "numbers": numbers(groups),
         }  # fmt: skip
         print(label, run.record["outcome"], flush=True)
-        store("evidence_digits", {"learning_rate": arguments.rate, "seed": arguments.seed, "runs": table})
+        store("evidence_digits", {"learning_rate": arguments.rate, "seed": arguments.seed, "runs": table, **rescue})
 
 
 if __name__ == "__main__":

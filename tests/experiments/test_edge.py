@@ -149,11 +149,11 @@ def test_predictions_carry_the_error_of_lambda_max() -> None:
     np.testing.assert_allclose(table["predicted"][:2], [thresholds["mean"] / 4, thresholds["disagreement"] / 4])
     np.testing.assert_allclose(table["predicted_stderr"], 0.1 * table["predicted"])
     assert table["step"].tolist() == [60] * 3
-    # an ATC edge that never comes is predicted infinite, and a finite measurement disagrees with it
+    # thresholds that do not bind are upper bounds; one that never comes bounds nothing
     complete = dataclasses.replace(BASE, topology="complete")
     atc = edge_scorecard(empty, complete, Variant("dpsgd", "atc"), 4.0)
     assert atc["predicted"].tolist() == [0.5, math.inf, 0.5]
-    assert atc["verdict"].tolist()[1] == "disagrees"
+    assert atc["verdict"].tolist()[1] == "not applicable"
 
 
 def load_like() -> Edge:

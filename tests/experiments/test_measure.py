@@ -242,3 +242,14 @@ def test_under_cta_the_theory_takes_the_points_of_the_gradients(tiny_task: Task,
     )
     change = float(objective.stacked_values(points).mean() - objective.value(learners.mean))
     assert float(found["smoothing"].sel(step=12, kernel="learners")["loss_change"]) == pytest.approx(change, rel=1e-6)
+
+
+def test_noise_that_sums_to_zero_is_measured_as_it_is(tiny_task: Task, tmp_path: Path) -> None:
+    star = {"algorithm": "ssgd-star", "sigma0": 0.05}
+    runs = [run_of(tiny_task, tmp_path / f"{zero}", **star, noise_zero_sum=zero) for zero in (False, True)]
+    often = dataclasses.replace(LIGHT, num_draws=40)
+    strength = [
+        measure(run, ("noise",), [0], task=tiny_task, settings=often, quiet=True)["noise"]["Delta_2_mean"].item()
+        for run in runs
+    ]
+    assert 0 < strength[1] < 0.7 * strength[0]  # the same start and strength, without H times the mean noise
