@@ -83,10 +83,16 @@ def counts(result: xr.Dataset) -> dict[str, Any]:
     """What the rescue experiment found: converged runs of each variant with their interval, and its conclusion."""
     rates = result["learning_rate"].values.tolist()
     table = {
-        str(variant): {name: plain(result[name].sel(variant=variant)) for name in ("num_converged", "num_seeds", "low", "high", "num_rescued", "num_failed")}
+        str(variant): {name: plain(result[name].sel(variant=variant)) for name in ("num_converged", "num_seeds", "low", "high", "num_rescued")}
         for variant in result["variant"].values
     }  # fmt: skip
-    return {"learning_rates": rates, "variants": table, "conclusion": result.attrs["conclusion"]}
+    return {
+        "learning_rates": rates,
+        "num_failed": plain(result["num_failed"]),
+        "noise_every": int(result.attrs["noise_every"]),
+        "variants": table,
+        "conclusion": result.attrs["conclusion"],
+    }
 
 
 def main() -> None:

@@ -577,14 +577,28 @@ def test_facts_tell_where_the_next_step_takes_its_gradients(tiny_task: Task, tmp
         assert run.learners(step).facts["mixing"] == damped.matrix(2, step).tolist()
     star = train(tiny_task, CONFIGS["ssgd-star"], tmp_path / "star", quiet=True)
     assert [star.learners(s).facts["sigma0"] for s in star.steps] == [0.05] * 5
-    matched = train(
-        tiny_task, dataclasses.replace(CONFIGS["ssgd-star"], sigma0=str(run.path)), tmp_path / "matched", quiet=True
-    )
-    levels = matched_sigma0(str(run.path), 18)
+    source = train(tiny_task, dataclasses.replace(cta, order="awc"), tmp_path / "awc", quiet=True)
+    matching = dataclasses.replace(CONFIGS["ssgd-star"], sigma0=str(source.path))
+    matched = train(tiny_task, matching, tmp_path / "matched", quiet=True)
+    levels = matched_sigma0(str(source.path), 18)
     assert [matched.learners(s).facts["sigma0"] for s in matched.steps] == levels[matched.steps].tolist()
     for name in ("ssgd", "dpsgd"):
         other = train(tiny_task, CONFIGS[name], tmp_path / name, quiet=True)
         assert not {"mixing", "sigma0"} & set(other.learners(5).facts)
+
+
+def test_noise_is_matched_only_to_what_has_it(tiny_task: Task, tmp_path: Path) -> None:
+    def star(source: Path) -> TrainConfig:
+        return dataclasses.replace(CONFIGS["ssgd-star"], sigma0=str(source))
+
+    cta = train(tiny_task, dataclasses.replace(CONFIGS["dpsgd-float64"], order="cta"), tmp_path / "cta", quiet=True)
+    ssgd = train(tiny_task, CONFIGS["ssgd"], tmp_path / "ssgd", quiet=True)
+    for source, reason in ((cta, "ran under CTA"), (ssgd, "no DPSGD run of several learners")):
+        with pytest.raises(ValueError, match=reason):
+            train(tiny_task, star(source.path), tmp_path / "star", quiet=True)
+    with pytest.raises(ValueError, match="cannot have its noise matched to itself"):
+        train(tiny_task, star(ssgd.path), ssgd.path, overwrite=True, quiet=True)
+    assert (ssgd.path / "run.json").exists()  # nothing was deleted
 
 
 def test_thresholds_are_those_of_the_damped_mixing(
