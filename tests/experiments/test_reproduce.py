@@ -8,8 +8,9 @@ from landscape.experiments import reproduce as module
 from landscape.experiments.checkpoint import MeasureConfig
 from landscape.experiments.reproduce import PRESETS, Preset, reproduce
 
+MEASURED = ("effective-learning-rate", "noise", "curvature", "smoothing", "stability", "ledger", "disagreement")
 TINY = Preset(
-    3, 1, (0.5, 1.0), 20, (0.01,), {16: (0.2,)}, True, (10, 20),
+    3, 1, (0.5, 1.0), 20, (0.01,), {16: (0.2,)}, True, (10, 20), MEASURED,
     MeasureConfig(num_draws=4, num_smoothing_samples=2, num_eigenpairs=3, max_matvecs=8, smoothing_matvecs=3),
 )  # fmt: skip
 
