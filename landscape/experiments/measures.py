@@ -19,6 +19,7 @@ from landscape.noise.tails import tail_index
 from landscape.theory.alignment import alignment_by_layer, noise_curvature_alignment
 from landscape.theory.disagreement import disagreement_spectrum
 from landscape.theory.ledger import one_step_ledger
+from landscape.theory.modes import disagreement_modes
 from landscape.theory.smoothed_loss import second_order_rate_ratio, second_order_rate_ratio_autodiff
 from landscape.theory.smoothing import KERNELS, smoothness_bounds
 from landscape.theory.smoothing_length import smoothing_length
@@ -265,14 +266,10 @@ def _disagreement(at: Checkpoint) -> xr.Dataset:
         text = "Tr Sigma_w; zero, for there is one learner or all are equal, and nothing to resolve"
         return xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": text})})
     try:
-        found = _resolved_disagreement(at)
+        disagreement_modes(at.topology)
     except ValueError as error:  # graph modes that do not separate
         said = xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": "Tr Sigma_w"})})
         return said.assign_attrs(unresolved=str(error))
-    return found
-
-
-def _resolved_disagreement(at: Checkpoint) -> xr.Dataset:
     c, drawn = at.covariance, range(max(0, at.step - HISTORY), at.step)
     gammas = {at.config.gamma_at(t) for t in drawn}
     varying = len(drawn) > 0 and (not at.topology.is_static or len(gammas) > 1)
