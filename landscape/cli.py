@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Union
 import tyro
 
 from landscape.experiments.checkpoint import MeasureConfig
+from landscape.ranks import AgreedError, LostRankError, launched
 from landscape.training.algorithms import Algorithm, Order
 from landscape.training.config import TrainConfig
 from landscape.training.noise import NoiseDrift, NoisePlace, NoiseShape
@@ -67,7 +68,7 @@ class TrainFlags(TrainConfig):
 
 @dataclass(frozen=True)
 class Train:
-    """Train one run and record it. SSGD, SSGD* or DPSGD, all learners stacked on one device."""
+    """Train one run and record it: all learners stacked on one device, or under torchrun spread over its processes."""
 
     config: tyro.conf.OmitArgPrefixes[TrainFlags]
     task: str
@@ -82,6 +83,8 @@ class Train:
     """Replace the run in --out."""
     quiet: bool = False
     """No progress bar, no messages."""
+    timeout: float = 300.0
+    """Seconds that a process waits for the others before it gives up."""
 
     def run(self) -> None:
         """Run it."""
@@ -95,8 +98,9 @@ class Train:
             resume=self.resume,
             overwrite=self.overwrite,
             quiet=self.quiet,
+            timeout=self.timeout,
         )
-        if not self.quiet:
+        if not self.quiet and launched().leads:
             outcome = run.record["outcome"]
             detail = (
                 f", median training loss of w_a over the last 50 steps {outcome['median_last_train_loss']:.4g}"
@@ -125,6 +129,8 @@ class Measure:
     """Measure on data whose fingerprint is not the run's."""
     quiet: bool = False
     """No progress bar, no table."""
+    timeout: float = 300.0
+    """Seconds a process waits for the others."""
 
     def run(self) -> None:
         """Run it."""
@@ -134,10 +140,12 @@ class Measure:
 
         groups = measure(
             self.run_directory, self.measures or DEFAULT_MEASURES, self.steps, settings=self.config, data_root=self.data_root,
-            device=self.device, allow_other_data=self.allow_other_data, quiet=self.quiet,
+            device=self.device, allow_other_data=self.allow_other_data, quiet=self.quiet, timeout=self.timeout,
         )  # fmt: skip
+        if self.quiet or not launched().leads:
+            return
         table = scorecard(groups)
-        if not self.quiet and not table.empty:
+        if not table.empty:
             print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
             if table["step"].nunique() > 1:
                 print("\nof the run:\n" + run_scorecard(table).to_string(float_format=lambda v: f"{v:.4g}"))
@@ -438,7 +446,7 @@ Command = Union[  # noqa: UP007 - tyro reads the annotations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the program; returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="landscape",
@@ -446,18 +454,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    ranks = launched()
     try:
+        if ranks.size > 1 and not isinstance(command, Train | Measure):
+            raise AgreedError("only train and measure run on several processes; start this command without torchrun")
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             command.run()
     except KeyboardInterrupt as interrupt:
-        print(f"landscape: {interrupt or 'interrupted'}", file=sys.stderr)
-        return 130
+        if ranks.leads:
+            print(f"landscape: {interrupt or 'interrupted'}", file=sys.stderr)
+        return getattr(interrupt, "status", 130)
     except BrokenPipeError:
         return 0
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        print(f"landscape: error: {error}", file=sys.stderr)
+        if ranks.leads or not isinstance(error, AgreedError | LostRankError):
+            print(f"landscape: error: {error}", file=sys.stderr)
         return 2
     return 0

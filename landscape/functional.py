@@ -148,7 +148,9 @@ class FunctionalModel:
         return self.parted(self.output(weights, buffers, inputs), targets)
 
     def parted(self, output: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """Contributions and weights of the examples from the network's output."""
+        """Contributions and weights of the examples from the network's output, in full precision after autocast."""
+        if isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16):
+            output = output.float()
         contributions, example_weights = self.loss(output, targets)
         if contributions.ndim != 1:
             raise ValueError(
@@ -211,6 +213,39 @@ class FunctionalModel:
         losses, _, gradients, fresh = self._map(batched, single, weights, buffers, inputs, targets, _axes(False))
         return losses, self.layout.join(gradients, lead=1), fresh
 
+    def streamed_gradients(
+        self,
+        weights: Float[Tensor, "L d"],
+        buffers: Buffers,
+        inputs: Any,
+        targets: Any,
+        take: Callable[[str, Tensor], None],
+    ) -> tuple[Tensor, Buffers]:
+        """As `minibatch_gradients`, but each parameter's gradients (l, *shape) go to `take` while the backward pass goes on.
+
+        `take` is called in the order of the backward pass, once a parameter for all weight vectors together (l = L) or for each of them
+        (l = 1). A parameter that the loss does not depend on is left out.
+        """
+
+        def loss(parameters: dict[str, Tensor], b: Buffers, x: Any, y: Any) -> tuple[Tensor, Buffers]:
+            fresh = clone_buffers(b)
+            contributions, example_weights = self.parted(self.forward(parameters, fresh, x), y)
+            total = contributions.sum()
+            return (total / example_weights.sum() if self.loss.reduction == "mean" else total), fresh
+
+        losses, updated = [], []
+        for part in chunks(len(weights), len(weights) if self.batched else 1):
+            leaves = {n: p.detach().requires_grad_() for n, p in self.layout.split(weights[part]).items()}
+            some = tree_map(lambda t, p=part: t[p] if isinstance(t, Tensor) else t, (buffers, inputs, targets))
+            held, x, y = some
+            found, fresh = self._map(loss, loss, leaves, held, x, y, _axes(False))
+            for name, leaf in leaves.items():
+                leaf.register_post_accumulate_grad_hook(_handing_over(name, take))
+            found.sum().backward(inputs=list(leaves.values()))
+            losses.append(found.detach())
+            updated.append({name: b.detach() for name, b in fresh.items()})
+        return torch.cat(losses), {name: torch.cat([b[name] for b in updated]) for name in buffers}
+
     def example_gradients(
         self, weights: Float[Tensor, " d"], buffers: Buffers, inputs: Any, targets: Any
     ) -> tuple[Tensor, Tensor]:
@@ -262,11 +297,11 @@ class FunctionalModel:
 
         return batched, single
 
-    def _map(self, batched: Callable[..., Any], single: Callable[..., Any], weights: Tensor, buffers: Buffers, inputs: Any,
+    def _map(self, batched: Callable[..., Any], single: Callable[..., Any], weights: Any, buffers: Buffers, inputs: Any,
              targets: Any, axes: tuple[int | None, int | None]) -> Any:  # fmt: skip
-        """Map over the leading axis of the weights, the data or both, batched where that works and there are several; `axes` are vmap's in_dims."""
+        """Map over the leading axis of the weights (flat or by name), the data or both, batched where that works and there are several; `axes` are vmap's in_dims."""
         weight_axis, data_axis = axes
-        if self.batched and not (weight_axis == 0 and len(weights) == 1):
+        if self.batched and not (weight_axis == 0 and _length(weights) == 1):
             dims = (weight_axis, dict.fromkeys(buffers, weight_axis), data_axis, None if targets is None else data_axis)
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # fused attention has no batching rule
@@ -287,12 +322,12 @@ class FunctionalModel:
         return self._loop(single, weights, buffers, inputs, targets, axes)
 
     @staticmethod
-    def _loop(single: Callable[..., Any], weights: Tensor, buffers: Buffers, inputs: Any, targets: Any,
+    def _loop(single: Callable[..., Any], weights: Any, buffers: Buffers, inputs: Any, targets: Any,
               axes: tuple[int | None, int | None]) -> Any:  # fmt: skip
         weight_axis, data_axis = axes
 
         def one(i: int) -> Any:
-            w, b = (weights, buffers) if weight_axis is None else (weights[i], {n: t[i] for n, t in buffers.items()})
+            w, b = (weights, buffers) if weight_axis is None else tree_map(lambda t: t[i], (weights, buffers))
             x, y = (
                 (inputs, targets)
                 if data_axis is None
@@ -300,7 +335,7 @@ class FunctionalModel:
             )
             return single(w, b, x, y)
 
-        count = len(weights) if weight_axis is not None else len(tree_leaves(inputs)[0])
+        count = _length(weights if weight_axis is not None else inputs)
         return _stack([one(i) for i in range(count)])
 
 
@@ -308,6 +343,21 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` that cover range(count)."""
     for start in range(0, count, max(1, size)):
         yield slice(start, min(start + max(1, size), count))
+
+
+def _length(tensors: Any) -> int:
+    return len(tree_leaves(tensors)[0])
+
+
+def _handing_over(name: str, take: Callable[[str, Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that gives a leaf's gradient away."""
+
+    def hook(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        take(name, leaf.grad)
+        leaf.grad = None
+
+    return hook
 
 
 def _axes(shared: bool) -> tuple[int | None, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,16 @@ class Learners:
         """Parameters by name of one learner, or of the mean w_a: {name: tensor}."""
         return self.layout.split(self.mean if learner is None else self.weights[learner])
 
+    def select(self, which: range) -> Learners:
+        """Some of the learners, as views."""
+        part = slice(which.start, which.stop)
+        return replace(
+            self,
+            weights=self.weights[part],
+            buffers={n: b[part] for n, b in self.buffers.items()},
+            momentum=None if self.momentum is None else self.momentum[part],
+        )
+
     @property
     def is_finite(self) -> bool:
         """Whether every weight is finite."""
@@ -130,13 +140,13 @@ class Run:
         found = [STEP_PATTERN.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
         return sorted(int(m.group(1)) for m in found if m)
 
-    def learners(self, step: int) -> Learners:
-        """The learners at a step."""
+    def learners(self, step: int, which: range | None = None) -> Learners:
+        """The learners at a step: all of them, or some."""
         if step not in self.steps:
             raise ValueError(
                 f"{self.path} has no checkpoint of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}"
             )
-        return read_checkpoint(self.path / CHECKPOINTS / step_name(step))
+        return read_checkpoint(self.path / CHECKPOINTS / step_name(step), which)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -185,11 +195,12 @@ def open_run(path: str | Path) -> Run:
     return Run(path, unseal(path / RUN_FILE))
 
 
-def read_checkpoint(path: str | Path) -> Learners:
+def read_checkpoint(path: str | Path, learners: range | None = None) -> Learners:
     """Read one checkpoint, every file checked against its recorded size and checksum.
 
     Args:
         path: a folder checkpoints/step-XXXXXXXX of a run.
+        learners: which to read; all by default.
     """
     path = Path(path)
     if not path.is_dir():
@@ -199,10 +210,11 @@ def read_checkpoint(path: str | Path) -> Learners:
         tuple(n for n, _ in state["parameters"]), tuple(torch.Size(s) for _, s in state["parameters"])
     )
     count = state["num_learners"]
-    tensors = [_read_tensors(path, shard_name("learner", j, count), state["files"]) for j in range(count)]
+    chosen = range(count) if learners is None else learners
+    tensors = [_read_tensors(path, shard_name("learner", j, count), state["files"]) for j in chosen]
     momentum = None
     if state["momentum"]:
-        stored = [_read_tensors(path, shard_name("optimizer", j, count), state["files"]) for j in range(count)]
+        stored = [_read_tensors(path, shard_name("optimizer", j, count), state["files"]) for j in chosen]
         momentum = torch.stack([layout.join(t) for t in stored])
     known = {"format", "format_version", "step", "num_learners", "parameters", "buffers", "momentum", "files"}
     return Learners(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,11 +29,12 @@ from landscape.checkpoints.format import (
     write_synced,
 )
 from landscape.functional import FunctionalModel
+from landscape.ranks import current
 from landscape.training.state import LearnerState
 
 
 class RunWriter:
-    """Writes one run directory.
+    """Writes one run directory, all processes of the run together: each its own learners, the first what is written once.
 
     Args:
         path: the run directory; made if missing.
@@ -39,22 +42,25 @@ class RunWriter:
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path = path
+        self.path, self.ranks = path, current()
         self.record = {"format": "landscape-run", "format_version": FORMAT_VERSION, **record}
         self._metrics: TextIO | None = None
-        (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        for left in (path / CHECKPOINTS).glob(f"{TEMPORARY_PREFIX}*"):  # of a writer that was killed
-            shutil.rmtree(left)
+        with self.ranks.agree():
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            if self.ranks.leads:
+                for left in (path / CHECKPOINTS).glob(f"{TEMPORARY_PREFIX}*"):  # of a writer that was killed
+                    shutil.rmtree(left)
 
     def write_record(self, **changes: Any) -> None:
         """Write run.json, with changes to it."""
         self.record.update(changes)
-        write_atomically(self.path / RUN_FILE, seal(self.record))
+        if self.ranks.leads:
+            write_atomically(self.path / RUN_FILE, seal(self.record))
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop the lines of metrics.jsonl from a step on, and one cut short: what a run resumed at that step will log again."""
         path = self.path / METRICS_FILE
-        if not path.exists():
+        if not self.ranks.leads or not path.exists():
             return
         kept = []
         for line in path.read_text().splitlines():
@@ -68,6 +74,8 @@ class RunWriter:
 
     def append_metrics(self, entry: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl; non-finite numbers become null."""
+        if not self.ranks.leads:
+            return
         if self._metrics is None:
             self._metrics = open(self.path / METRICS_FILE, "a")  # noqa: SIM115 - closed by close()
         self._metrics.write(json.dumps(_finite(entry)) + "\n")
@@ -79,30 +87,39 @@ class RunWriter:
             self._metrics.close()
             self._metrics = None
 
-    def save_checkpoint(self, state: LearnerState, model: FunctionalModel, facts: dict[str, Any]) -> Path:
-        """Write a checkpoint of all learners, whole or not at all.
+    def save_checkpoint(
+        self,
+        state: LearnerState,
+        model: FunctionalModel,
+        facts: dict[str, Any],
+        *,
+        held: range | None = None,
+        num_learners: int | None = None,
+    ) -> Path:
+        """Write a checkpoint of all learners, whole or not at all; every process writes those that it holds.
 
         Args:
-            state: the learners of one replica.
+            state: the learners held here, of one replica.
             model: tells the names.
             facts: what else state.json holds (learning rate, local batch size ...).
+            held: which learners these are; by default all there are.
+            num_learners: how many there are in all; by default those held.
+
+        Raises:
+            OSError: it could not be written, on this or, as an AgreedError, on another process; earlier ones are untouched.
         """
-        final = self.path / CHECKPOINTS / step_name(state.step)
-        if final.exists():
+        ranks, final = self.ranks, self.path / CHECKPOINTS / step_name(state.step)
+        held = range(len(state.params)) if held is None else held
+        count = len(state.params) if num_learners is None else num_learners
+        exists, number = ranks.collect((final.exists(), os.getpid()))[0]
+        if exists:
             return final
-        beside = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}")
+        beside = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{number}")
         try:
-            beside.mkdir()
-            count = len(state.params)
-            files: dict[str, dict[str, Any]] = {}
-            for j in range(count):
-                buffers = {n: b[j] for n, b in state.buffers.items()}
-                _write_tensors(
-                    beside, shard_name("learner", j, count), model.state_dict(state.params[j], buffers), files
-                )
-                if state.momentum is not None:
-                    momentum = model.layout.split(state.momentum[j])
-                    _write_tensors(beside, shard_name("optimizer", j, count), momentum, files)
+            with ranks.agree(), _told(final, state.step):
+                beside.mkdir(exist_ok=ranks.size > 1)
+                files = self._write_learners(beside, state, model, held, count)
+                sync_folder(beside)
             record = {
                 "format": "landscape-checkpoint",
                 "format_version": FORMAT_VERSION,
@@ -112,23 +129,41 @@ class RunWriter:
                 "buffers": sorted(state.buffers),
                 "momentum": state.momentum is not None,
                 **facts,
-                "files": files,
+                "files": {name: entry for some in ranks.collect(files) for name, entry in some.items()},
             }
-            write_synced(beside / STATE_FILE, seal(record))
-            sync_folder(beside)
-            os.rename(beside, final)
-            sync_folder(final.parent)
-        except OSError as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise OSError(
-                error.errno,
-                f"the checkpoint of step {state.step} could not be written ({error.strerror}); earlier ones are untouched",
-                str(final),
-            ) from error
+            with ranks.agree(), _told(final, state.step):
+                if ranks.leads:
+                    write_synced(beside / STATE_FILE, seal(record))
+                    sync_folder(beside)
+                    os.rename(beside, final)
+                    sync_folder(final.parent)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            if ranks.leads:
+                shutil.rmtree(beside, ignore_errors=True)
             raise
         return final
+
+    def _write_learners(self, folder: Path, state: LearnerState, model: FunctionalModel, held: range, count: int) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Sizes and checksums of the files written, by name."""
+        files: dict[str, dict[str, Any]] = {}
+        for i, learner in enumerate(held):
+            buffers = {n: b[i] for n, b in state.buffers.items()}
+            weights = model.state_dict(state.params[i], buffers)
+            _write_tensors(folder, shard_name("learner", learner, count), weights, files)
+            if state.momentum is not None:
+                momentum = model.layout.split(state.momentum[i])
+                _write_tensors(folder, shard_name("optimizer", learner, count), momentum, files)
+        return files
+
+
+@contextmanager
+def _told(final: Path, step: int) -> Iterator[None]:
+    """Within, an OSError says that it was a checkpoint that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        text = f"the checkpoint of step {step} could not be written ({error.strerror}); earlier ones are untouched"
+        raise OSError(error.errno, text, str(final)) from error
 
 
 def _write_tensors(folder: Path, name: str, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:

@@ -1,34 +1,61 @@
-"""Ctrl-C that lets the work in hand reach a safe place."""
+"""Ctrl-C and SIGTERM that let the work in hand reach a safe place."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+from landscape.ranks import launched
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 2.0
+"""Seconds in which a further Ctrl-C counts as the same one under torchrun, which hands on what the terminal has sent already."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Work that was stopped at a safe place.
+
+    Attributes:
+        status: the exit status that tells by what: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.status = 128 + number
 
 
 class Interruptible:
-    """Within this context the first Ctrl-C sets `requested`; the second interrupts at once.
+    """Within this context the first Ctrl-C or SIGTERM sets `requested`; a later Ctrl-C interrupts at once.
 
     Outside the main thread, where signals cannot be handled, `requested` stays False.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: object = None
+        self.number: int = signal.SIGTERM
+        self._at = 0.0
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)  # type: ignore[arg-type]
+
+    def stopped(self, message: str) -> Stopped:
+        """What to raise at the safe place; where another process was asked and this was not, as by SIGTERM."""
+        return Stopped(message, self.number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        grace = GRACE if launched().size > 1 else 0.0
+        if self.requested and number == signal.SIGINT and time.monotonic() >= self._at + grace:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested, self.number, self._at = True, number, time.monotonic()

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from landscape.checkpoints import open_run
 from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import TensorData
+from landscape.ranks import current
 from landscape.tasks import Task
 from landscape.training.config import TrainConfig
 from landscape.training.evaluate import evaluate
-from landscape.training.loop import Program, averaged_models, consensus_distances
+from landscape.training.loop import Program
 from landscape.training.state import LearnerState
 
 CONVERGENCE_WINDOW = 50
@@ -21,11 +24,14 @@ CONVERGENCE_WINDOW = 50
 
 
 def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bool) -> dict[str, Any]:
-    """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread."""
-    n, d = program.config.num_learners, program.model.layout.num_parameters
-    mean, buffers = averaged_models(state, n)
-    train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train)
-    distance = float(consensus_distances(state.params.double(), n)[0])
+    """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread; the same on every process.
+
+    Each process evaluates w_a on its share of the examples, and its own learners on all held-out ones.
+    """
+    d, ranks = program.model.layout.num_parameters, current()
+    mean, buffers = program.averaged(state)
+    train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train, ranks=ranks)
+    distance = float(program.consensus_distances(state)[0])
     entry: dict[str, Any] = {
         "step": state.step,
         "train_loss": float(train_loss[0]),
@@ -34,8 +40,9 @@ def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bo
         "sigma_w": distance / math.sqrt(d),
     }
     if full:
-        loss, accuracy = evaluate(program.evaluation_model, mean, buffers, test)
-        each_loss, each_accuracy = evaluate(program.evaluation_model, state.params, state.buffers, test)
+        loss, accuracy = evaluate(program.evaluation_model, mean, buffers, test, ranks=ranks)
+        own = evaluate(program.evaluation_model, state.params, state.buffers, test)
+        each_loss, each_accuracy = program.communicator.rows(torch.stack(own, dim=1)).unbind(1)
         entry |= {
             "test_loss": float(loss[0]),
             "test_accuracy": float(accuracy[0]),
@@ -65,7 +72,9 @@ def checkpoint(program: Program, state: LearnerState, writer: RunWriter) -> None
         "seed": config.seed,
         **_gradient_point_facts(program, state.step),
     }
-    writer.save_checkpoint(state, program.model, facts)
+    writer.save_checkpoint(
+        state, program.model, facts, held=program.communicator.held, num_learners=config.num_learners
+    )
 
 
 def _gradient_point_facts(program: Program, step: int) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def replay(
     _check_steps(run, step, config)
     if config.algorithm == "ssgd-star" != run.config.algorithm and not config.sigma0:
         raise ValueError("SSGD* needs its noise; give sigma0 (--sigma0): a level, a DPSGD run or a profile")
-    averaged = run.config.algorithm == "dpsgd" and config.algorithm != "dpsgd" and len(learners) > 1
+    synchronous = ("ssgd", "ssgd-star")
+    averaged = run.config.algorithm not in synchronous and config.algorithm in synchronous and len(learners) > 1
     changes = {name: list(pair) for name, pair in run.config.changes(config).items()}
     same_noise = config.is_calibrated and not set(changes) & set(NOISE_FIELDS)
     if averaged and not quiet:

@@ -24,7 +24,7 @@ from landscape.results import load_dataset, save_dataset, stamp
 from landscape.tasks import Task, get_task
 from landscape.training.config import TrainConfig
 from landscape.training.evaluate import evaluate
-from landscape.training.loop import Program, averaged_models, consensus_distances
+from landscape.training.loop import Program
 from landscape.training.topology import topology as make_topology
 
 MAP_FILE = "stability-map.nc"
@@ -139,7 +139,7 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
     Raises:
         KeyboardInterrupt: after Ctrl-C, between two steps.
     """
-    config, n = program.config, program.config.num_learners
+    config = program.config
     state = program.initial_state()
     alive = torch.ones(program.num_replicas, dtype=torch.bool, device=program.device)
     diverged_at = np.full(program.num_replicas, -1)
@@ -150,14 +150,14 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
             step = state.step
             regular = step % config.log_every == 0 or step == config.num_steps
             if regular or step > config.num_steps - CONVERGENCE_WINDOW:
-                mean, buffers = averaged_models(state, n)
+                mean, buffers = program.averaged(state)
                 loss = evaluate(program.evaluation_model, mean, buffers, program.train)[0].cpu().numpy()
                 if step > config.num_steps - CONVERGENCE_WINDOW:
                     last.append(loss)
                 if regular:
                     logged.append(step)
                     losses.append(loss)
-                    spreads.append(consensus_distances(state.params, n).double().cpu().numpy() / math.sqrt(d))
+                    spreads.append(program.consensus_distances(state).cpu().numpy() / math.sqrt(d))
             if step == config.num_steps:
                 break
             state, record = program.step(state, alive)
@@ -168,7 +168,7 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
             if interrupt.requested:
                 raise KeyboardInterrupt("stopped between two steps; finished parts are kept")
     finite = alive.cpu().numpy()
-    mean, buffers = averaged_models(state, n)
+    mean, buffers = program.averaged(state)
     accuracy = (
         evaluate(program.evaluation_model, mean, buffers, test.to(program.device, program.dtype))[1].cpu().numpy()
     )

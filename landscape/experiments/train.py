@@ -1,4 +1,4 @@
-"""One training run, recorded in a run directory; resumes bit-identically on the CPU."""
+"""One training run on one process or many, recorded in a run directory; resumes bit-identically on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from landscape.checkpoints import Learners, Run, open_run
-from landscape.checkpoints.format import METRICS_FILE, write_atomically
+from landscape.checkpoints.format import METRICS_FILE, RUN_FILE, write_atomically
 from landscape.checkpoints.reader import restore_state
 from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import TensorData
@@ -27,9 +27,12 @@ from landscape.experiments.profiles import load_profile, profile_for, save_profi
 from landscape.experiments.recording import CONVERGENCE_WINDOW, announce, checkpoint, metrics, recent_losses
 from landscape.experiments.run_directory import NOISE_FILE, check_same, claim
 from landscape.provenance import provenance
+from landscape.ranks import DEFAULT_TIMEOUT, current, started, was_restarted
 from landscape.tasks import Task, get_task
 from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.config import TrainConfig
+from landscape.training.diagnostics import Diagnostics
+from landscape.training.distributed import DistributedCommunicator
 from landscape.training.loop import Program
 from landscape.training.noise import NoiseProfile
 from landscape.training.state import LearnerState
@@ -66,8 +69,12 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    timeout: float | int = DEFAULT_TIMEOUT,
 ) -> Run:
     """Train, and record a run directory.
+
+    Under torchrun, or in a process group that is set up already, the learners are spread over the processes, and every one of them makes
+    this call. When torchrun restarts them, the run goes on from its last whole checkpoint.
 
     Args:
         task: a name (`landscape tasks`), "module:function", or a Task.
@@ -78,17 +85,20 @@ def train(
         resume: continue from the last checkpoint in `out`, with the same configuration; a complete run is returned as it is.
         overwrite: delete a run that is in `out`.
         quiet: no progress bar and no messages.
+        timeout: seconds that a process waits for the others before it gives up.
 
     Raises:
         ValueError: for anything wrong with the arguments, or a run in `out` and neither `resume` nor `overwrite`.
-        KeyboardInterrupt: after Ctrl-C, when a checkpoint has been written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when a checkpoint has been written.
+        ConnectionError: another process did not come, or was lost.
     """
     task = get_task(task)
     graph = make_topology(config.topology if topology is None else topology, config.num_learners)
     out = Path(out or f"runs/{task.name}-{config.algorithm}-a{config.learning_rate:g}-s{config.seed}")
-    return record_run(
-        task, config, graph, out, data_root=data_root, resume=resume, overwrite=overwrite, quiet=quiet, origin=None
-    )
+    with started(config.device, timeout):
+        return record_run(
+            task, config, graph, out, data_root=data_root, resume=resume, overwrite=overwrite, quiet=quiet, origin=None
+        )
 
 
 def record_run(
@@ -96,76 +106,100 @@ def record_run(
     quiet: bool, origin: Origin | None,
 ) -> Run:  # fmt: skip
     """Train from the initial weights or from `origin`, and record it. See `train`, and `landscape.experiments.replay`."""
-    device = config.torch_device()
-    if graph.gamma != 1:
-        raise ValueError(
-            f"topology {graph.name} is damped by gamma {graph.gamma:g}; give gamma in the configuration instead"
+    ranks = current()
+    quiet = quiet or not ranks.leads
+    with ranks.agree():
+        device = config.torch_device()
+        _check_request(config, graph, out, resume=resume)
+        communicator = (
+            DistributedCommunicator(ranks, config.num_learners, ordered=config.reproducible) if ranks.size > 1 else None
         )
-    if isinstance(config.sigma0, str) and not resume and Path(config.sigma0).resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"the run in {out} cannot have its noise matched to itself; choose another directory")
-    resuming = claim(out, resume=resume, overwrite=overwrite)
-    train_data, test_data = task.load_data(data_root)
-    fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}
-    if origin is not None and origin.fingerprint != fingerprint:
-        raise ValueError("the data are not the examples that the run was trained on (fingerprints differ)")
-    if resuming:
-        run = open_run(out)
-        check_same(run, task, config, graph, fingerprint)
-        if run.record.get("replayed") != (None if origin is None else origin.facts):
-            raise ValueError(
-                f"{out} holds a run that begins elsewhere; continue a replay by the call or command that began it"
-            )
-        if run.status in ("complete", "diverged"):
-            if not quiet:
-                print(f"{out} is {run.status} ({run.steps[-1]} steps); nothing to do")
-            return run
-    sigma0, profile = _matched_noise(task, config, out, origin, resuming=resuming, data_root=data_root)
-    program = Program(task, config, graph, train_data, sigma0=sigma0, profiles=None if profile is None else [profile])
-
-    state = program.initial_state()
-    if origin is not None:
-        state = restore_state(origin.learners, state)
-    if resuming:
-        if run.steps:
-            state = restore_state(run.learners(run.steps[-1]), state)
-        writer = RunWriter(out, dict(run.record))
-    else:
-        c = config
-        thresholds = learning_rate_thresholds(
-            graph, c.algorithm, c.order, c.momentum, c.dampening, nesterov=c.nesterov, gammas=c.gamma_range
+        restarted = was_restarted() and (out / RUN_FILE).exists()  # by torchrun, with the flags of the first start
+        resuming = (
+            claim(out, resume=resume or restarted, overwrite=overwrite and not restarted) if ranks.leads else False
         )
-        record = {
-            "task": task.name,
-            "config": config.to_json(),
-            "topology": {
-                **graph.summary(),
-                "thresholds": thresholds,
-                "matrices": graph.matrices.tolist(),
-            },
-            "data": {
-                "name": train_data.name,
-                "num_train": len(train_data),
-                "num_test": len(test_data),
-                "fingerprint": fingerprint,
-            },
-            "threshold": task.threshold,
-            "constant_loss": task.constant_loss,
-            "num_parameters": program.model.layout.num_parameters,
-            "provenance": provenance(device),
-            **({} if origin is None else {"replayed": origin.facts}),
-        }
-        writer = RunWriter(out, record)
-    writer.write_record(status="running")
-    if origin is not None and not open_run(out).steps:
+    resuming = ranks.collect(resuming)[0]
+    run = None
+    with ranks.agree():
+        train_data, test_data = task.load_data(data_root)
+        fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}
+        if origin is not None and origin.fingerprint != fingerprint:
+            raise ValueError("the data are not the examples that the run was trained on (fingerprints differ)")
+        if resuming:
+            run = open_run(out)
+            check_same(run, task, config, graph, fingerprint)
+            if run.record.get("replayed") != (None if origin is None else origin.facts):
+                raise ValueError(
+                    f"{out} holds a run that begins elsewhere; continue a replay by the call or command that began it"
+                )
+    if run is not None and run.status in ("complete", "diverged"):
+        if not quiet:
+            print(f"{out} is {run.status} ({run.steps[-1]} steps); nothing to do")
+        return run
+    with ranks.agree():
+        sigma0, profile = _matched_noise(task, config, out, origin, resuming=resuming, data_root=data_root)
+        profiles = None if profile is None else [profile]
+        program = Program(task, config, graph, train_data, sigma0=sigma0, profiles=profiles, communicator=communicator)
+        held, state = program.communicator.held, program.initial_state()
+        if run is not None and run.steps:
+            state = restore_state(run.learners(run.steps[-1], held), state)
+        elif origin is not None:
+            state = restore_state(origin.learners.select(held), state)
+    record = (
+        dict(run.record)
+        if run is not None
+        else _record(task, config, graph, train_data, test_data, fingerprint, program, origin)
+    )
+    writer = RunWriter(out, record)
+    writer.write_record(status="running", num_processes=ranks.size)
+    if origin is not None and ranks.leads and not open_run(out).steps:
         write_atomically(out / METRICS_FILE, "".join(f"{line}\n" for line in origin.history).encode())
     writer.keep_metrics_until(state.step)
+    ranks.barrier()  # until the record can be read
     if not quiet:
         announce(task, config, writer.record, resumed_at=state.step if resuming else None)
     try:
         _loop(program, state, test_data.to(device, config.torch_dtype), writer, quiet=quiet)
     finally:
         writer.close()
+    ranks.barrier()  # until the record is written
     return open_run(out)
+
+
+def _check_request(config: TrainConfig, graph: Topology, out: Path, *, resume: bool) -> None:
+    if graph.gamma != 1:
+        raise ValueError(
+            f"topology {graph.name} is damped by gamma {graph.gamma:g}; give gamma in the configuration instead"
+        )
+    if isinstance(config.sigma0, str) and not resume and Path(config.sigma0).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"the run in {out} cannot have its noise matched to itself; choose another directory")
+
+
+def _record(
+    task: Task, config: TrainConfig, graph: Topology, train_data: TensorData, test_data: TensorData, fingerprint: dict[str, str],
+    program: Program, origin: Origin | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What run.json says of a run that begins."""
+    c = config
+    thresholds = learning_rate_thresholds(
+        graph, c.algorithm, c.order, c.momentum, c.dampening, nesterov=c.nesterov, gammas=c.gamma_range
+    )
+    return {
+        "task": task.name,
+        "config": config.to_json(),
+        "topology": {**graph.summary(), "thresholds": thresholds, "matrices": graph.matrices.tolist()},
+        "data": {
+            "name": train_data.name,
+            "num_train": len(train_data),
+            "num_test": len(test_data),
+            "fingerprint": fingerprint,
+        },
+        "threshold": task.threshold,
+        "constant_loss": task.constant_loss,
+        "num_parameters": program.model.layout.num_parameters,
+        "provenance": provenance(program.device),
+        **({} if origin is None else {"replayed": origin.facts}),
+    }
 
 
 def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWriter, *, quiet: bool) -> None:
@@ -173,7 +207,9 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
     alive = torch.ones(1, dtype=torch.bool, device=program.device)
     recent: deque[float] = deque(recent_losses(writer.path), maxlen=CONVERGENCE_WINDOW)
     last_loss = math.nan
-    started = time.perf_counter()
+    diagnostics = Diagnostics(program) if config.diagnose_every else None
+    diagnosing = 0.0
+    begun = time.perf_counter()
     checkpoint(program, state, writer)
     bar = tqdm(
         total=config.num_steps,
@@ -189,7 +225,8 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
             step = state.step
             logged = step % config.log_every == 0 or step >= config.num_steps - CONVERGENCE_WINDOW
             entry = metrics(program, state, test, full=step % config.log_every == 0) if logged else None
-            new, record = program.step(state, alive)
+            diagnosed = diagnostics is not None and step % config.diagnose_every == 0
+            new, record = program.step(state, alive, stop=interrupt.requested, keep_gradient=diagnosed)
             last_loss = float(record.losses[0])
             if not bool(record.alive[0]):
                 writer.append_metrics({"step": step, "minibatch_loss": last_loss, "finite": False})
@@ -200,26 +237,39 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
                 if not quiet:
                     tqdm.write(f"step {step}: the loss or a gradient is not finite; the run ends here", file=sys.stderr)
                 return
+            if diagnosed:
+                assert diagnostics is not None
+                assert record.mean_gradient is not None
+                before = time.perf_counter()
+                entry = {**(entry or {"step": step}), **diagnostics.measure(state, record.mean_gradient[0])}
+                diagnosing += time.perf_counter() - before
             state = new
             if entry is not None:
-                recent.append(entry["train_loss"])
+                if "train_loss" in entry:
+                    recent.append(entry["train_loss"])
+                    bar.set_postfix(loss=f"{entry['train_loss']:.3f}", refresh=False)
                 rate = config.learning_rate * program.schedule(step)
-                elapsed = time.perf_counter() - started
+                elapsed = time.perf_counter() - begun
                 writer.append_metrics({**entry, "minibatch_loss": last_loss, "learning_rate": rate, "elapsed": elapsed})
-                bar.set_postfix(loss=f"{entry['train_loss']:.3f}", refresh=False)
             bar.update()
             done = state.step == config.num_steps
-            if done or interrupt.requested or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
+            if done or record.stop or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
                 checkpoint(program, state, writer)
-            if interrupt.requested and not done:
+            if record.stop and not done:
                 writer.write_record(status="interrupted")
-                raise KeyboardInterrupt(f"stopped at step {state.step}; continue with --resume")
+                raise interrupt.stopped(f"stopped at step {state.step}; continue with --resume")
+    spent = {}
+    if diagnostics is not None:
+        spent = {"seconds": {"diagnostics": diagnosing, "all": time.perf_counter() - begun}}
+        if not quiet:
+            share = diagnosing / (spent["seconds"]["all"] - diagnosing)
+            print(f"diagnostics: {diagnosing:.2f} s, {share:.1%} beside the rest of the run", file=sys.stderr)
     entry = metrics(program, state, test, full=True)
     writer.append_metrics(entry)
     recent.append(entry["train_loss"])
     verdict = outcome(np.asarray(recent)[:, None], program.task.threshold, program.task.constant_loss)[0]
     writer.write_record(
-        status="complete", outcome={"outcome": verdict, "median_last_train_loss": statistics.median(recent)}
+        status="complete", outcome={"outcome": verdict, "median_last_train_loss": statistics.median(recent)}, **spent
     )
 
 
@@ -256,8 +306,9 @@ def _matched_noise(
         return None, load_profile(out / NOISE_FILE)
     inherited = None if origin is None else origin.profile
     profile = profile_for(config, task=task, data_root=data_root) if inherited is None else inherited
-    out.mkdir(parents=True, exist_ok=True)
-    save_profile(profile, out / NOISE_FILE)
+    if current().leads:
+        out.mkdir(parents=True, exist_ok=True)
+        save_profile(profile, out / NOISE_FILE)
     return None, profile
 
 

@@ -1,6 +1,6 @@
-"""One step of SSGD, SSGD* and DPSGD (theory.md sec. 2), whatever the backend.
+"""What every update rule works with in one step, whatever the backend (theory.md sec. 2). The rules are in `rules/`, one a file.
 
-Every algorithm is the same five moves: start the exchange, choose the points where gradients are taken, take the
+Every rule is the same five moves: start the exchange, choose the points where gradients are taken, take the
 gradients, update locally, finish the exchange. What differs between algorithms and orders is only where the exchange
 stands among them:
 
@@ -15,20 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from landscape.functional import Buffers
-from landscape.training.communicator import Communicator
+from landscape.functional import Buffers, ParameterLayout
+from landscape.training.communicator import Averaging, Communicator, Take
 from landscape.training.state import LearnerState
 
-Algorithm = Literal["ssgd", "ssgd-star", "dpsgd"]
+Algorithm = Literal["ssgd", "ssgd-star", "dpsgd", "local-sgd"]
 Order = Literal["awc", "atc", "cta"]
 
-ALGORITHMS: tuple[str, ...] = ("ssgd", "ssgd-star", "dpsgd")
-ORDERS: tuple[str, ...] = ("awc", "atc", "cta")
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+ORDERS: tuple[str, ...] = get_args(Order)
 
 
 @dataclass(frozen=True)
@@ -61,64 +60,60 @@ class LocalUpdate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Minibatch losses (L,) and gradients (L, d) at the gradient points, and the buffers after them."""
+    """What gradients at some points tell.
+
+    Attributes:
+        losses: (L,) minibatch losses.
+        gradients: (L, d), or None where they were given away as they were found.
+        buffers: of the network, after its forward passes.
+        mean_gradients: (L, d), their average over the learners, where the rule took it.
+    """
 
     losses: Tensor
-    gradients: Tensor
+    gradients: Tensor | None
     buffers: Buffers
+    mean_gradients: Tensor | None = None
 
 
-Evaluate = Callable[[Tensor], Evaluation]
+Evaluate = Callable[[Tensor, Take | None], Evaluation]
+"""Minibatch losses and gradients at given points (L, d); gradients go to the second argument as they are found, if there is one."""
 
 
-def take_step(
-    algorithm: str,
-    order: str,
-    state: LearnerState,
-    evaluate: Evaluate,
-    communicator: Communicator,
-    update: LocalUpdate,
-    *,
-    learning_rates: Tensor,
-    mixing: Tensor | None,
-    noise: Tensor | None = None,
-    gradient_noise: Tensor | None = None,
-) -> tuple[LearnerState, Evaluation]:
-    """Advance every learner by one step.
+@dataclass(frozen=True)
+class Step:
+    """What a rule has to work with.
 
-    Args:
-        algorithm: "ssgd", "ssgd-star" or "dpsgd".
-        order: "awc", "atc" or "cta"; DPSGD's only.
-        state: learners before the step; left as it is.
-        evaluate: minibatch losses and gradients at given points (L, d).
+    Attributes:
+        state: learners before the step; to be left as it is.
+        order: "awc", "atc" or "cta"; DPSGD's.
+        evaluate: takes the gradients.
         communicator: the backend.
         update: the local rule.
+        layout: names and shapes of the parameters.
+        accumulation: minibatches that `evaluate` cuts each learner's into.
         learning_rates: alpha of each learner (L, 1), schedule included.
-        mixing: M, (n, n) or (R, n, n); None but for DPSGD.
-        noise: zeta (L, d); SSGD*'s only.
-        gradient_noise: xi (L, d), alike for the learners of a replica; SSGD*'s only.
+        mixing: M on the CPU, (n, n) or (R, n, n); None for SSGD and SSGD*.
+        noise: zeta (L, d); SSGD*'s.
+        gradient_noise: xi (L, d), alike for the learners of a replica; SSGD*'s.
+        local_steps: H, steps between averages; local SGD's.
     """
-    weights = state.params
-    if algorithm == "dpsgd":
-        assert mixing is not None
-        exchange = communicator.start_mix(weights, mixing) if order in ("awc", "cta") else None
-        start = exchange.wait() if order == "cta" and exchange is not None else weights
-        evaluation = evaluate(start)
-        direction, momentum = update.direction(evaluation.gradients, start, state.momentum, state.step)
-        if order == "awc":
-            assert exchange is not None
-            start = exchange.wait()
-        params = torch.addcmul(start, direction, learning_rates, value=-1, out=None if start is weights else start)
-        if order == "atc":
-            params = communicator.start_mix(params, mixing).wait()
-    else:
-        evaluation = evaluate(weights if noise is None else weights + noise)
-        mean = communicator.mean(evaluation.gradients)
-        if gradient_noise is not None:
-            mean = mean + gradient_noise
-        direction, momentum = update.direction(mean, weights, state.momentum, state.step)
-        params = torch.addcmul(weights, direction, learning_rates, value=-1)
-    return LearnerState(params, evaluation.buffers, momentum, state.step + 1), evaluation
+
+    state: LearnerState
+    order: str
+    evaluate: Evaluate
+    communicator: Communicator
+    update: LocalUpdate
+    layout: ParameterLayout
+    accumulation: int
+    learning_rates: Tensor
+    mixing: Tensor | None = None
+    noise: Tensor | None = None
+    gradient_noise: Tensor | None = None
+    local_steps: int = 1
+
+    def start_mean(self) -> Averaging:
+        """Begin an average of the learners' gradients, which `evaluate` is to feed."""
+        return self.communicator.start_mean(self.layout, self.accumulation)
 
 
 def gradient_points(algorithm: str, order: str, weights: Tensor, mixing: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from landscape.ranks import local_device
 from landscape.training.algorithms import ALGORITHMS, ORDERS, Algorithm, Order
 from landscape.training.noise import DRIFTS, PLACES, SHAPES, NoiseDrift, NoisePlace, NoiseShape
 from landscape.training.schedule import parse_schedule
@@ -65,6 +66,21 @@ class TrainConfig:
     """Controlled disagreement: mix with (1 - gamma) I + gamma M."""
     gamma_schedule: str = "constant"
     """A factor on gamma over the steps, written like --schedule; gamma must stay in [0, 1]."""
+    local_steps: int = 1
+    """local-sgd: steps between averages of the weights, H."""
+    accumulation: int = 1
+    """Take each learner's minibatch in so many parts, one after another, and average their gradients: less memory."""
+    autocast: Literal["off", "bf16"] = "off"
+    """bf16: forward and backward passes in bfloat16 where torch.autocast deems it safe; weights, gradients and updates stay in --dtype."""
+    channels_last: bool = False
+    """Lay images out with channels innermost, which some convolutions like better."""
+    batching: Literal["auto", "stacked", "interleaved"] = "auto"
+    """The learners of one process: as one batched program (stacked), or one after another (interleaved); auto interleaves convolutions."""
+    reproducible: bool = False
+    """Take learners one after another and add in their order, so that on a CPU results do not depend on the number of processes, to the
+    bit (with as many threads each); slower, and SSGD's gradients are then gathered, not reduced."""
+    diagnose_every: int = 0
+    """Steps between online diagnostics (alpha_e, noise scale) in metrics.jsonl, a further minibatch gradient each; 0: none."""
     checkpoint_every: int = 50
     """Steps between checkpoints; 0 keeps the first and the last only."""
     log_every: int = 10
@@ -100,9 +116,20 @@ class TrainConfig:
             "learning_rate",
             f"must be a positive number, not {self.learning_rate}",
         )
-        for name in ("num_learners", "local_batch_size", "num_steps", "log_every"):
+        for name in ("num_learners", "local_batch_size", "num_steps", "log_every", "local_steps", "accumulation"):
             require(getattr(self, name) >= 1, name, f"must be at least 1, not {getattr(self, name)}")
-        require(self.checkpoint_every >= 0, "checkpoint_every", f"must not be negative, not {self.checkpoint_every}")
+        for name in ("checkpoint_every", "diagnose_every"):
+            require(getattr(self, name) >= 0, name, f"must not be negative, not {getattr(self, name)}")
+        for name, known in (("autocast", ("off", "bf16")), ("batching", ("auto", "stacked", "interleaved"))):
+            require(
+                getattr(self, name) in known, name, f"must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+            )
+        require(self.autocast == "off" or self.dtype == "float32", "autocast", "needs dtype float32")
+        if self.accumulation > 1:
+            require(self.local_batch_size % self.accumulation == 0, "accumulation",
+                    f"must divide local_batch_size {self.local_batch_size}, and {self.accumulation} does not")  # fmt: skip
+        require(self.local_steps == 1 or self.algorithm == "local-sgd", "local_steps", "is for local-sgd")
+        require(not self.reproducible or self.batching != "stacked", "reproducible", "takes learners one after another, so batching cannot be stacked")  # fmt: skip
         require(0 <= self.momentum < 1, "momentum", f"must be in [0, 1), not {self.momentum}")
         require(0 <= self.dampening < 1, "dampening", f"must be in [0, 1), not {self.dampening}")
         require(
@@ -183,9 +210,9 @@ class TrainConfig:
         return DTYPES[self.dtype]
 
     def torch_device(self) -> torch.device:
-        """`device` as torch's, checked to be there."""
+        """`device` as torch's, checked to be there; of several processes on a machine each takes its own GPU."""
         try:
-            device = torch.device(self.device)
+            device = torch.device(local_device(self.device))
         except RuntimeError:
             raise ValueError(f"no such device: {self.device}; use cpu or cuda") from None
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -203,6 +230,6 @@ class TrainConfig:
         return TrainConfig(**{k: v for k, v in stored.items() if k in known})
 
     def changes(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
-        """Fields in which another config differs, with both values; the device is not part of a run's identity."""
+        """Fields in which another config differs, with both values; the device and how learners are batched on it are no part of a run's identity."""
         mine, theirs = self.to_json(), other.to_json()
-        return {k: (mine[k], theirs[k]) for k in mine if k != "device" and mine[k] != theirs[k]}
+        return {k: (mine[k], theirs[k]) for k in mine if k not in ("device", "batching") and mine[k] != theirs[k]}

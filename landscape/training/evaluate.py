@@ -8,10 +8,17 @@ from torch import Tensor
 
 from landscape.data.dataset import TensorData
 from landscape.functional import Buffers, FunctionalModel, chunks
+from landscape.ranks import Ranks
 
 
 def evaluate(
-    model: FunctionalModel, weights: Float[Tensor, "L d"], buffers: Buffers, data: TensorData, *, chunk: int = 4096
+    model: FunctionalModel,
+    weights: Float[Tensor, "L d"],
+    buffers: Buffers,
+    data: TensorData,
+    *,
+    chunk: int = 4096,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and accuracy of each weight vector on all of `data`.
 
@@ -21,16 +28,18 @@ def evaluate(
         buffers: stacked buffers {name: (L, ...)}.
         data: on the model's device.
         chunk: examples times weight vectors at once.
+        ranks: processes that hold the same weights and data, and evaluate a share of the examples each.
 
     Returns:
         losses (L,), float64; and accuracies (L,), float64, nan where outputs and targets are not classes.
     """
     total, norm, correct = (torch.zeros(len(weights), dtype=torch.float64, device=weights.device) for _ in range(3))
+    share = range(len(data)) if ranks is None else ranks.share(len(data))
     classes = not data.targets.is_floating_point() and data.targets.ndim == 1
     for part in chunks(len(weights), 8):
         held = {n: b[part] for n, b in buffers.items()}
-        for rows in chunks(len(data), chunk):
-            inputs, targets = data.rows(rows)
+        for rows in chunks(len(share), chunk):
+            inputs, targets = data.rows(slice(share.start + rows.start, share.start + rows.stop))
             outputs = model.outputs(weights[part], held, inputs, shared=True)
             for j, output in enumerate(outputs, start=part.start):  # a loss need not have a batching rule
                 contributions, example_weights = model.loss(output, targets)
@@ -40,4 +49,7 @@ def evaluate(
                 correct[part] += (outputs.argmax(2) == targets).sum(1)
             else:
                 correct[part] = torch.nan
+    if ranks is not None and ranks.size > 1:
+        torch.distributed.all_reduce(sums := torch.stack([total, norm, correct]))
+        total, norm, correct = sums
     return total / norm if model.loss.reduction == "mean" else total, correct / len(data)

@@ -1,6 +1,7 @@
-"""The training program: all learners of all replicas advance together.
+"""The training program: all learners of all replicas advance together, on one device or on the processes of torchrun.
 
-Shapes: R replicas (seeds, learning rates) of n learners each, L = R n, replica-major; d parameters; B examples a learner.
+Shapes: R replicas (seeds, learning rates) of n learners each, L = R n, replica-major; d parameters; B examples a learner. A process of
+several holds L of the n learners of one replica.
 """
 
 from __future__ import annotations
@@ -8,21 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from landscape import streams
 from landscape.data.dataset import TensorData
 from landscape.data.sampling import IndexSampler
 from landscape.functional import Buffers, FunctionalModel, chunks
 from landscape.tasks import Task
-from landscape.training.algorithms import Evaluation, LocalUpdate, take_step
-from landscape.training.communicator import Communicator, StackedCommunicator
+from landscape.training.algorithms import Evaluation, LocalUpdate, Step
+from landscape.training.communicator import Communicator, StackedCommunicator, Take, spread
 from landscape.training.config import TrainConfig
 from landscape.training.noise import NoiseProfile
+from landscape.training.rules import RULES
 from landscape.training.schedule import parse_schedule
 from landscape.training.state import LearnerState
 from landscape.training.topology import Topology
@@ -39,14 +42,18 @@ class StepRecord:
     Attributes:
         losses: (R,) mean minibatch loss over the learners, at the gradient points.
         alive: (R,) whether the replica was still finite, and so advanced.
+        stop: whether any process was asked to stop.
+        mean_gradient: (R, d), the learners' gradients averaged, where asked for.
     """
 
     losses: Tensor
     alive: Tensor
+    stop: bool = False
+    mean_gradient: Tensor | None = None
 
 
 class Program:
-    """A stacked training program for one config and some replicas of it.
+    """A training program for one config and some replicas of it.
 
     Args:
         task: what is trained.
@@ -57,7 +64,6 @@ class Program:
         learning_rates: base rate of each replica.
         sigma0: SSGD*'s noise level, (T,) or (R, T) over the steps; by default the config's constant.
         profiles: SSGD*'s matched noise instead, one profile a replica, all in the same place.
-        batched: False forces the fallback of `FunctionalModel`.
         communicator: the backend; stacked by default.
     """
 
@@ -72,7 +78,6 @@ class Program:
         learning_rates: Sequence[float] | None = None,
         sigma0: np.ndarray | None = None,
         profiles: Sequence[NoiseProfile] | None = None,
-        batched: bool = True,
         communicator: Communicator | None = None,
     ) -> None:
         self.task, self.config, self.topology = task, config, topology
@@ -89,14 +94,25 @@ class Program:
             torch.backends.cuda.matmul.allow_tf32 = config.tf32
         models = {seed: task.initial_model(seed) for seed in dict.fromkeys(self.seeds)}
         self._initial = [FunctionalModel(models[seed], task.loss_fn).initial_weights() for seed in self.seeds]
-        self.model = FunctionalModel(models[self.seeds[0]], task.loss_fn, batched=batched).to(self.device, self.dtype)
+        module = models[self.seeds[0]]
+        batched = not config.reproducible and (
+            config.batching == "stacked" or (config.batching == "auto" and stacks_well(module))
+        )
+        self.model = FunctionalModel(module, task.loss_fn, batched=batched).to(self.device, self.dtype)
         self.evaluation_model = self.model.evaluation()
         self.train = train.to(self.device, self.dtype)
-        self.communicator = communicator or StackedCommunicator(config.num_learners)
+        self.communicator = communicator or StackedCommunicator(config.num_learners, ordered=config.reproducible)
+        self.num_held = len(self.communicator.held)
+        if self.num_held < config.num_learners and len(self.seeds) > 1:
+            raise ValueError(
+                "several replicas at once are for one process; on several processes train one run at a time"
+            )
         self.update = LocalUpdate(config.momentum, config.dampening, config.nesterov, config.weight_decay)
         self.schedule = parse_schedule(config.schedule, config.num_steps)
-        self.sampler = IndexSampler(self.seeds, config.num_learners, config.local_batch_size, len(train))
-        self._rates = torch.tensor(rates, dtype=self.dtype, device=self.device).repeat_interleave(config.num_learners)[
+        held = self.communicator.held
+        n, batch = config.num_learners, config.local_batch_size
+        self.sampler = IndexSampler(self.seeds, n, batch, len(train), held=held)
+        self._rates = torch.tensor(rates, dtype=self.dtype, device=self.device).repeat_interleave(self.num_held)[
             :, None
         ]
         self.gamma_schedule = parse_schedule(config.gamma_schedule, config.num_steps)
@@ -109,7 +125,9 @@ class Program:
         self._sigma0 = np.broadcast_to(level, (len(self.seeds), max(level.shape[1], 1)))
         self._profiles = [p.to(self.device, self.dtype) for p in profiles or ()]
         self._check_profiles()
-        self._chunk = max(1, EXAMPLES_PER_CHUNK.get(self.device.type, 8192) // config.local_batch_size)
+        alone = not self.model.batched or any(isinstance(m, _BatchlessRandomness) for m in module.modules())
+        at_once = EXAMPLES_PER_CHUNK.get(self.device.type, 8192) * config.accumulation // batch
+        self._chunk = 1 if alone else max(1, at_once)
 
     @property
     def num_replicas(self) -> int:
@@ -122,10 +140,10 @@ class Program:
         names = self._initial[0][1]
         buffers = {name: torch.stack([b[name] for _, b in self._initial]).to(self.device) for name in names}
         buffers = {n: b.to(self.dtype) if b.is_floating_point() else b for n, b in buffers.items()}
-        return LearnerState.replicated(weights, buffers, self.config.num_learners, momentum=self.config.momentum > 0)
+        return LearnerState.replicated(weights, buffers, self.num_held, momentum=self.config.momentum > 0)
 
     def mixing(self, step: int) -> Tensor:
-        """(1 - gamma) I + gamma M of the step, (n, n), or (R, n, n) where it depends on the seed."""
+        """(1 - gamma) I + gamma M of the step on the CPU, (n, n), or (R, n, n) where it depends on the seed; every process finds the same."""
         gamma = self.config.gamma * self.gamma_schedule(step)
         if self.topology.is_static:
             if self._static is None or self._static[0] != gamma:
@@ -137,7 +155,7 @@ class Program:
         return self._damped(np.stack([by_seed[s] for s in self.seeds]), gamma)
 
     def _damped(self, matrix: np.ndarray, gamma: float) -> Tensor:
-        return torch.as_tensor(controlled_disagreement(matrix, gamma), dtype=self.dtype, device=self.device)
+        return torch.as_tensor(controlled_disagreement(matrix, gamma), dtype=self.dtype)
 
     def noise_level(self, step: int, replica: int = 0) -> float | None:
         """sigma_0 of the step: standard deviation of the noise on the weights, or None where no single number tells that noise."""
@@ -162,15 +180,17 @@ class Program:
         if self.config.algorithm != "ssgd-star" or not (profiles or levels.any()):
             return None
         n, d = self.config.num_learners, self.model.layout.num_parameters
-        zeta = torch.empty(self.num_replicas * n, d, dtype=self.dtype, device=self.device)
+        zeta = torch.empty(self.num_replicas * self.num_held, d, dtype=self.dtype, device=self.device)
         for r, seed in enumerate(self.seeds):
-            for j in range(n):
+            for i, j in enumerate(self.communicator.held, start=r * self.num_held):
                 generator = streams.torch_generator("weight noise", seed, j, step, device=self.device)
                 if profiles:
-                    zeta[r * n + j] = profiles[r].sample(step, generator)
+                    zeta[i] = profiles[r].sample(step, generator)
                 else:
-                    zeta[r * n + j].normal_(0.0, float(levels[r]), generator=generator)
-        return sum_to_zero(zeta, n) if self.config.noise_zero_sum else zeta
+                    zeta[i].normal_(0.0, float(levels[r]), generator=generator)
+        if not self.config.noise_zero_sum:
+            return zeta
+        return math.sqrt(n / (n - 1)) * (zeta - spread(self.communicator.means(zeta), self.num_held))  # as sum_to_zero
 
     def gradient_noise(self, step: int) -> Tensor | None:
         """SSGD*'s xi (L, d) of the step, alike for the learners of a replica, or None where there is none."""
@@ -180,7 +200,7 @@ class Program:
             profile.sample(step, streams.torch_generator("gradient noise", seed, step, device=self.device))
             for profile, seed in zip(self._profiles, self.seeds, strict=True)
         ]
-        return torch.stack(drawn).repeat_interleave(self.config.num_learners, dim=0)
+        return torch.stack(drawn).repeat_interleave(self.num_held, dim=0)
 
     @property
     def _noise_place(self) -> str | None:
@@ -202,54 +222,115 @@ class Program:
                     f"the model has {d} parameters, and the first profile is on the {self._profiles[0].place}"
                 )
 
-    def step(self, state: LearnerState, alive: Tensor) -> tuple[LearnerState, StepRecord]:
+    def step(self, state: LearnerState, alive: Tensor, *, stop: bool = False, keep_gradient: bool = False) -> tuple[LearnerState, StepRecord]:  # fmt: skip
         """One step of every replica that is alive; the others are frozen at their last finite weights.
 
         Args:
-            state: all learners.
+            state: all learners held here.
             alive: (R,) booleans.
+            stop: whether this process is asked to stop; the record says whether any is.
+            keep_gradient: whether the record is to hold the averaged gradient.
         """
-        indices = self.sampler.indices(state.step).to(self.device)
+        c, indices = self.config, self.sampler.indices(state.step).to(self.device)
 
-        def evaluate(points: Tensor) -> Evaluation:
-            return self.evaluate(points, state, indices)
+        def evaluate(points: Tensor, take: Take | None) -> Evaluation:
+            return self.evaluate(points, state, indices, take)
 
-        new, evaluation = take_step(
-            self.config.algorithm,
-            self.config.order,
-            state,
-            evaluate,
-            self.communicator,
-            self.update,
-            learning_rates=self._rates * self.schedule(state.step),
-            mixing=self.mixing(state.step) if self.config.algorithm == "dpsgd" else None,
-            noise=self.noise(state.step),
-            gradient_noise=self.gradient_noise(state.step),
+        new, evaluation = RULES[c.algorithm](
+            Step(
+                state,
+                c.order,
+                evaluate,
+                self.communicator,
+                self.update,
+                self.model.layout,
+                c.accumulation,
+                learning_rates=self._rates * self.schedule(state.step),
+                mixing=None if c.algorithm in ("ssgd", "ssgd-star", "local-sgd") else self.mixing(state.step),
+                noise=self.noise(state.step),
+                gradient_noise=self.gradient_noise(state.step),
+                local_steps=c.local_steps,
+            )
         )
         finite = torch.isfinite(evaluation.losses) & torch.isfinite(new.params.sum(1))  # gradients' too, then
-        alive = alive & finite.unflatten(0, (-1, self.config.num_learners)).all(1)
+        asked = torch.full_like(evaluation.losses, float(stop), dtype=torch.float64)
+        told = self.communicator.sums(torch.stack([evaluation.losses.double(), (~finite).double(), asked], dim=1))
+        alive = alive & (told[:, 1] == 0)
         if not bool(alive.all()):
-            new = _keep(new, state, alive.repeat_interleave(self.config.num_learners))
-        return new, StepRecord(evaluation.losses.unflatten(0, (-1, self.config.num_learners)).mean(1), alive)
+            new = _keep(new, state, alive.repeat_interleave(self.num_held))
+        gradient = None
+        if keep_gradient and evaluation.mean_gradients is not None:
+            gradient = evaluation.mean_gradients[:: self.num_held]
+        elif keep_gradient and evaluation.gradients is not None:
+            gradient = self.communicator.means(evaluation.gradients)
+        return new, StepRecord(told[:, 0] / c.num_learners, alive, bool(told[:, 2].any()), gradient)
 
-    def evaluate(self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor) -> Evaluation:
-        """Minibatch losses, gradients and new buffers at points, a chunk of learners at a time."""
-        parts = [self._evaluate_chunk(points, state, indices, part) for part in chunks(len(points), self._chunk)]
+    def evaluate(
+        self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor, take: Take | None = None
+    ) -> Evaluation:
+        """Minibatch losses, gradients and new buffers at points, a chunk of learners at a time; gradients go to `take` if there is one."""
+        parts = [self._evaluate_chunk(points, state, indices, part, take) for part in chunks(len(points), self._chunk)]
         if len(parts) == 1:
             return parts[0]
+        gradients = [p.gradients for p in parts if p.gradients is not None]
         return Evaluation(
             torch.cat([p.losses for p in parts]),
-            torch.cat([p.gradients for p in parts]),
+            torch.cat(gradients) if gradients else None,
             {name: torch.cat([p.buffers[name] for p in parts]) for name in state.buffers},
         )
 
-    def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice) -> Evaluation:
-        inputs, targets = self.train.batch(indices[part])
+    def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice, take: Take | None) -> Evaluation:  # fmt: skip
         buffers = {name: b[part] for name, b in state.buffers.items()}
-        replica, learner = divmod(part.start, self.config.num_learners)
-        with streams.seeded("dropout", self.seeds[replica], learner, state.step, device=self.device):
-            losses, gradients, buffers = self.model.minibatch_gradients(points[part], buffers, inputs, targets)
-        return Evaluation(losses, gradients, buffers)
+        replica, learner = divmod(part.start, self.num_held)
+        losses, gradients = torch.zeros((), device=self.device), None
+        with (
+            streams.seeded("dropout", self.seeds[replica], self.communicator.held[learner], state.step, device=self.device),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"),
+        ):  # fmt: skip
+            for few in indices[part].chunk(self.config.accumulation, dim=1):
+                inputs, targets = self.train.batch(few)
+                if self.config.channels_last:
+                    inputs = channels_last(inputs)
+                if take is None:
+                    found, more, buffers = self.model.minibatch_gradients(points[part], buffers, inputs, targets)
+                    gradients = more if gradients is None else gradients.add_(more)
+                else:
+                    found, buffers = self.model.streamed_gradients(points[part], buffers, inputs, targets, take)
+                losses = losses + found
+        if gradients is not None and self.config.accumulation > 1:
+            gradients.div_(self.config.accumulation)
+        return Evaluation(losses / self.config.accumulation, gradients, buffers)
+
+    def averaged(self, state: LearnerState) -> tuple[Tensor, Buffers]:
+        """w_a of each replica (R, d) and its buffers: floating-point ones averaged, counters the first learner's; the same on every process."""
+        buffers = {
+            name: self.communicator.means(b.double()).to(b.dtype) if b.is_floating_point() else b[:: self.num_held]
+            for name, b in state.buffers.items()
+        }
+        return self.communicator.means(state.params), buffers
+
+    def consensus_distances(self, state: LearnerState) -> Tensor:
+        """sqrt(Tr Sigma_w) of each replica, (R,) float64, Sigma_w = (1/n) sum_j delta_j delta_j^T."""
+        params = state.params.double()
+        deviations = params - spread(self.communicator.means(params), self.num_held)
+        squares = self.communicator.sums(deviations.square().sum(1, keepdim=True))
+        return (squares[:, 0] / self.config.num_learners).sqrt()
+
+
+_BatchlessRandomness = (nn.modules.dropout._DropoutNd,)
+"""Layers whose random masks must hang on the learner alone, and not on which learners are batched with it."""
+
+
+def stacks_well(module: nn.Module) -> bool:
+    """Whether learners of this network are faster as one batched program than one after another: not with convolutions, which become grouped ones."""
+    return not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
+
+
+def channels_last(inputs: Any) -> Any:
+    """Stacked images (L, B, C, H, W) with channels innermost in memory; other inputs as they are."""
+    if not isinstance(inputs, Tensor) or inputs.ndim != 5:
+        return inputs
+    return inputs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def sum_to_zero(noise: Tensor, num_learners: int) -> Tensor:
@@ -260,26 +341,6 @@ def sum_to_zero(noise: Tensor, num_learners: int) -> Tensor:
     by_replica = noise.unflatten(0, (-1, num_learners))
     scale = math.sqrt(num_learners / (num_learners - 1))
     return (scale * (by_replica - by_replica.mean(1, keepdim=True))).flatten(0, 1)
-
-
-def averaged_models(state: LearnerState, num_learners: int) -> tuple[Tensor, Buffers]:
-    """w_a of each replica (R, d) and its buffers: floating-point ones averaged, counters the first learner's."""
-    buffers = {name: b.unflatten(0, (-1, num_learners)) for name, b in state.buffers.items()}
-    return replica_means(state.params, num_learners), {
-        name: b.double().mean(1).to(b.dtype) if b.is_floating_point() else b[:, 0] for name, b in buffers.items()
-    }
-
-
-def replica_means(params: Tensor, num_learners: int) -> Tensor:
-    """w_a of each replica, (R, d)."""
-    return params.unflatten(0, (-1, num_learners)).mean(1)
-
-
-def consensus_distances(params: Tensor, num_learners: int) -> Tensor:
-    """sqrt(Tr Sigma_w) of each replica, (R,), Sigma_w = (1/n) sum_j delta_j delta_j^T."""
-    by_replica = params.unflatten(0, (-1, num_learners))
-    deviations = by_replica - by_replica.mean(1, keepdim=True)
-    return deviations.square().sum(2).mean(1).sqrt()
 
 
 def _keep(new: LearnerState, old: LearnerState, alive: Tensor) -> LearnerState:

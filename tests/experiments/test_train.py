@@ -489,7 +489,7 @@ def test_an_interrupted_process_ends_after_a_checkpoint_and_resumes(
     assert run.status == "interrupted"
     stopped = run.steps[-1]
     assert 7 <= stopped < config.num_steps
-    assert f"KeyboardInterrupt: stopped at step {stopped}; continue with --resume" in stderr
+    assert f"Stopped: stopped at step {stopped}; continue with --resume" in stderr
     monkeypatch.syspath_prepend(tmp_path)
     whole = train("user_task:make", config, tmp_path / "whole", quiet=True)
     resumed = train("user_task:make", config, tmp_path / "run", resume=True, quiet=True)

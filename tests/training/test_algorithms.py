@@ -20,8 +20,8 @@ from landscape.models import mlp
 from landscape.tasks import Task
 from landscape.training import LearnerState, Program, Topology, TrainConfig, topology
 from landscape.training.algorithms import gradient_points
-from landscape.training.communicator import StackedCommunicator
-from landscape.training.loop import consensus_distances, controlled_disagreement, replica_means
+from landscape.training.communicator import StackedCommunicator, spread
+from landscape.training.loop import controlled_disagreement
 from landscape.training.noise import SHAPES, NoiseProfile, noise_factors
 from landscape.training.schedule import parse_schedule
 
@@ -228,9 +228,10 @@ def test_complete_mixing_atc_is_ssgd_cta_matches_in_the_mean_and_awc_does_not(ti
 
 
 def test_all_learners_of_ssgd_stay_equal(tiny_task: Task) -> None:
-    state = advance(make_program(tiny_task, make_config(algorithm="ssgd", momentum=0.9)))[-1]
+    program = make_program(tiny_task, make_config(algorithm="ssgd", momentum=0.9))
+    state = advance(program)[-1]
     assert torch.equal(state.params, state.params[:1].expand_as(state.params))
-    assert float(consensus_distances(state.params, 4)[0]) == pytest.approx(0, abs=1e-15)
+    assert float(program.consensus_distances(state)[0]) == pytest.approx(0, abs=1e-15)
 
 
 def test_ssgd_star_without_noise_is_ssgd(tiny_task: Task) -> None:
@@ -483,7 +484,7 @@ def _dropping() -> nn.Module:
 @pytest.mark.parametrize("batched", [True, False])
 def test_dropout_is_a_pure_function_of_seed_and_step(tiny_task: Task, batched: bool) -> None:
     task = dataclasses.replace(tiny_task, build_model=_dropping)
-    program = make_program(task, make_config(**ALGORITHMS["awc"]), batched=batched)
+    program = make_program(task, make_config(batching="stacked" if batched else "interleaved", **ALGORITHMS["awc"]))
     random_state = torch.get_rng_state()
     states = advance(program)
     assert torch.equal(random_state, torch.get_rng_state()), "the global random state is left alone"
@@ -550,15 +551,21 @@ def test_mixing_is_the_matrix_product_dense_or_sparse(graph_name: str, n: int, r
             expected = torch.cat(
                 [(matrix if matrix.ndim == 2 else matrix[r]) @ part for r, part in enumerate(tensor.split(n))]
             )
-            torch.testing.assert_close(communicator.start_mix(tensor, matrix).wait(), expected, rtol=1e-14, atol=1e-14)
-    means = torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in tensor.split(n)])
-    torch.testing.assert_close(communicator.mean(tensor), means, rtol=1e-14, atol=1e-14)
+            for backend in (communicator, StackedCommunicator(n, ordered=True)):
+                torch.testing.assert_close(backend.start_mix(tensor, matrix).wait(), expected, rtol=1e-14, atol=1e-14)
+    means = torch.stack([part.mean(0) for part in tensor.split(n)])
+    for found in (communicator.means(tensor), StackedCommunicator(n, ordered=True).means(tensor)):
+        torch.testing.assert_close(found, means, rtol=1e-14, atol=1e-14)
+    everyone = torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in tensor.split(n)])
+    assert torch.equal(spread(communicator.means(tensor), n), communicator.means(tensor).repeat_interleave(n, dim=0))
+    torch.testing.assert_close(spread(means, n), everyone)
 
 
-def test_means_and_consensus_distances_by_hand() -> None:
+def test_means_and_consensus_distances_by_hand(tiny_task: Task) -> None:
     params = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0], [1.0, 5.0]], dtype=torch.float64)
-    assert replica_means(params, 2).tolist() == [[1, 0], [1, 3]]
-    assert consensus_distances(params, 2).tolist() == [1, 2]
+    assert StackedCommunicator(2).means(params).tolist() == [[1, 0], [1, 3]]
+    program = make_program(tiny_task, make_config(num_learners=2, **ALGORITHMS["awc"]), seeds=(0, 1))
+    assert program.consensus_distances(LearnerState(params, {}, None, 0)).tolist() == [1, 2]
     matrix = np.full((2, 2), 0.5)
     assert controlled_disagreement(matrix, 1.0) is matrix
     assert controlled_disagreement(matrix, 0.5).tolist() == [[0.75, 0.25], [0.25, 0.75]]
