@@ -20,8 +20,7 @@ from landscape.checkpoints.format import METRICS_FILE
 from landscape.experiments.profiles import stored_profile
 from landscape.experiments.train import Origin, record_run
 from landscape.tasks import Task, get_task
-from landscape.training.algorithms import Algorithm, Order
-from landscape.training.config import TrainConfig
+from landscape.training.config import FAULT_FIELDS, GOSSIPING, RULE_FIELDS, Algorithm, Order, TrainConfig
 from landscape.training.noise import NoiseDrift, NoisePlace, NoiseShape
 from landscape.training.topology import Topology
 from landscape.training.topology import topology as make_topology
@@ -146,7 +145,7 @@ def compare(runs: Sequence[Run | str | Path]) -> pd.DataFrame:
         last = logged.iloc[-1].to_dict() if len(logged) else {}
         rows.append({
             "run": run.path.name, "algorithm": c.algorithm, "order": c.order if c.algorithm == "dpsgd" else "",
-            "topology": run.record["topology"]["name"] if c.algorithm == "dpsgd" else "", "learning_rate": c.learning_rate, "gamma": c.gamma,
+            "topology": run.record["topology"]["name"] if c.algorithm in GOSSIPING else "", "learning_rate": c.learning_rate, "gamma": c.gamma,
             "replayed": f"{came['path']} at {came['step']}" if came else "", "step": run.steps[-1] if run.steps else 0,
             "outcome": ended.get("outcome", run.status), "train_loss": float(last.get("train_loss", np.nan)),
             "median_last_train_loss": float(ended.get("median_last_train_loss", np.nan)),
@@ -164,9 +163,14 @@ def _graph(run: Run, topology: str | nx.Graph | np.ndarray | Topology | None) ->
 
 
 def _changed(config: TrainConfig, wanted: dict[str, Any]) -> TrainConfig:
-    """The configuration with changes; noise that was the old algorithm's, or of another kind, is not kept."""
+    """The configuration with changes; noise and numbers that were the old algorithm's are not kept, nor faults that the new one cannot have."""
+    algorithm, order = wanted.get("algorithm", config.algorithm), wanted.get("order", config.order)
+    foreign = [name for rule, names in RULE_FIELDS.items() if rule != algorithm for name in names]
+    if algorithm not in GOSSIPING or (algorithm, order) == ("dpsgd", "cta"):
+        foreign += FAULT_FIELDS
+    wanted = {**{f.name: f.default for f in fields(TrainConfig) if f.name in foreign}, **wanted}
     defaults = {f.name: f.default for f in fields(TrainConfig) if f.name in NOISE_FIELDS}
-    if wanted.get("algorithm", config.algorithm) != "ssgd-star":
+    if algorithm != "ssgd-star":
         wanted = {**defaults, **wanted}
     elif "sigma0" in wanted and not isinstance(wanted["sigma0"], str):
         wanted = {**defaults, "noise_zero_sum": config.noise_zero_sum, **wanted}

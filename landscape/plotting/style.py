@@ -107,6 +107,9 @@ DISPLAY_NAMES = {
     "dpsgd": "DPSGD",
     "dpsgd-atc": "DPSGD (ATC)",
     "dpsgd-cta": "DPSGD (CTA)",
+    "local-sgd": "local SGD",
+    "adjacent-leader": "adjacent leader",
+    "ubar": "UBAR",
 }
 
 

@@ -18,6 +18,7 @@ from landscape.plotting.style import display_name
 from landscape.plotting.view import RunView
 from landscape.statistics import wilson_interval
 from landscape.theory.scorecard import run_scorecard, scorecard
+from landscape.training.config import GOSSIPING
 
 VERDICTS = {
     "agrees": "the whole 95% interval lies within 20% of the prediction",
@@ -97,7 +98,7 @@ def summary(views: Sequence[RunView]) -> Table:
             outcome += f" (at step {record['diverged_at']})"
         rows.append([
             display_name(view.label), f"{config.learning_rate:g}", f"{config.num_learners} × {config.local_batch_size}",
-            config.topology if config.algorithm == "dpsgd" and "/" not in config.topology else "all-reduce" if config.algorithm != "dpsgd" else Path(config.topology).name,
+            Path(config.topology).name if config.algorithm in GOSSIPING else f"all, every {config.local_steps} steps" if config.algorithm == "local-sgd" else "all-reduce",
             str(config.num_steps), str(config.seed), outcome, number(float(ended.get("median_last_train_loss", math.nan))),
             number(float(loss.iloc[-1])) if len(loss) else "–", f"{100 * float(accuracy.iloc[-1]):.1f}%" if len(accuracy) else "–",
         ])  # fmt: skip

@@ -69,9 +69,12 @@ def learning_rate_thresholds(
 ) -> dict[str, float]:
     """Thresholds on alpha lambda_max that a run meets, by name: "mean", and "disagreement" for DPSGD.
 
+    Learners that are all alike step as SGD does under every rule, so "mean" is necessary for all; it is all that is said of local SGD,
+    adjacent-leader and UBAR, whose mixing depends on the learners or on the step.
+
     Args:
         topology: M(t).
-        algorithm: "ssgd", "ssgd-star" or "dpsgd".
+        algorithm: as in `TrainConfig`.
         order: DPSGD's order.
         momentum: beta.
         dampening: of the momentum.

@@ -9,25 +9,22 @@ stands among them:
     AWC       x_j = w_j                                    w_j <- (M w)_j - alpha u(g_j)
     ATC       x_j = w_j                                    w   <- M (w - alpha u(g))
     CTA       x_j = v_j = (M w)_j                          w_j <- v_j - alpha u(g_j)
+
+Local SGD is ATC with M = 1 1^T/n at every H-th step, and I between; adjacent-leader is ATC with forces towards the leading neighbours, and
+an M that follows them; UBAR is AWC with an M that each learner chooses. None of them takes gradients elsewhere than at w_j.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
 from landscape.functional import Buffers, ParameterLayout
 from landscape.training.communicator import Averaging, Communicator, Take
+from landscape.training.config import TrainConfig
 from landscape.training.state import LearnerState
-
-Algorithm = Literal["ssgd", "ssgd-star", "dpsgd", "local-sgd"]
-Order = Literal["awc", "atc", "cta"]
-
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-ORDERS: tuple[str, ...] = get_args(Order)
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,9 @@ class Evaluation:
 Evaluate = Callable[[Tensor, Take | None], Evaluation]
 """Minibatch losses and gradients at given points (L, d); gradients go to the second argument as they are found, if there is one."""
 
+Losses = Callable[[Tensor, int], Tensor]
+"""Losses (P,) of one learner's minibatch at given points (P, d), by the learner's place among those held here."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -85,35 +85,33 @@ class Step:
 
     Attributes:
         state: learners before the step; to be left as it is.
-        order: "awc", "atc" or "cta"; DPSGD's.
+        config: what the run was told; a rule's own numbers are fields of it.
         evaluate: takes the gradients.
+        losses: takes further losses of a minibatch; UBAR's.
         communicator: the backend.
         update: the local rule.
         layout: names and shapes of the parameters.
-        accumulation: minibatches that `evaluate` cuts each learner's into.
         learning_rates: alpha of each learner (L, 1), schedule included.
-        mixing: M on the CPU, (n, n) or (R, n, n); None for SSGD and SSGD*.
+        mixing: M on the CPU, (n, n) or (R, n, n); None where learners do not gossip.
         noise: zeta (L, d); SSGD*'s.
         gradient_noise: xi (L, d), alike for the learners of a replica; SSGD*'s.
-        local_steps: H, steps between averages; local SGD's.
     """
 
     state: LearnerState
-    order: str
+    config: TrainConfig
     evaluate: Evaluate
+    losses: Losses
     communicator: Communicator
     update: LocalUpdate
     layout: ParameterLayout
-    accumulation: int
     learning_rates: Tensor
     mixing: Tensor | None = None
     noise: Tensor | None = None
     gradient_noise: Tensor | None = None
-    local_steps: int = 1
 
     def start_mean(self) -> Averaging:
         """Begin an average of the learners' gradients, which `evaluate` is to feed."""
-        return self.communicator.start_mean(self.layout, self.accumulation)
+        return self.communicator.start_mean(self.layout, self.config.accumulation)
 
 
 def gradient_points(algorithm: str, order: str, weights: Tensor, mixing: Tensor | None) -> Tensor:

@@ -5,16 +5,33 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from landscape.ranks import local_device
-from landscape.training.algorithms import ALGORITHMS, ORDERS, Algorithm, Order
+from landscape.training.faults import FAULTS, Fault
 from landscape.training.noise import DRIFTS, PLACES, SHAPES, NoiseDrift, NoisePlace, NoiseShape
 from landscape.training.schedule import parse_schedule
 
+Algorithm = Literal["ssgd", "ssgd-star", "dpsgd", "local-sgd", "adjacent-leader", "ubar"]
+Order = Literal["awc", "atc", "cta"]
+
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+ORDERS: tuple[str, ...] = get_args(Order)
+GOSSIPING: tuple[str, ...] = ("dpsgd", "adjacent-leader", "ubar")
+"""Those that exchange weights along a topology."""
+
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+
+RULE_FIELDS: dict[str, tuple[str, ...]] = {
+    "local-sgd": ("local_steps",),
+    "adjacent-leader": ("leader_pull", "degree_pull", "leader_weight", "degree_weight"),
+    "ubar": ("kept_fraction", "own_weight"),
+}
+"""Fields that mean something to one algorithm only."""
+
+FAULT_FIELDS = ("num_faulty", "fault", "fault_scale")
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,8 @@ class TrainConfig:
     """The configuration of one training run (theory.md sec. 2 for the symbols)."""
 
     algorithm: Algorithm
-    """ssgd (all-reduce), ssgd-star (all-reduce, gradients at w_a + noise), or dpsgd (gossip)."""
+    """ssgd (all-reduce), ssgd-star (all-reduce, gradients at w_a + noise), dpsgd (gossip), local-sgd (an average every few steps),
+    adjacent-leader (gossip led by the best and the best-connected neighbour), or ubar (gossip that leaves out suspect neighbours)."""
     learning_rate: float
     """alpha, the optimiser's base learning rate."""
     num_learners: int = 6
@@ -68,6 +86,24 @@ class TrainConfig:
     """A factor on gamma over the steps, written like --schedule; gamma must stay in [0, 1]."""
     local_steps: int = 1
     """local-sgd: steps between averages of the weights, H."""
+    leader_pull: float = 0.1
+    """adjacent-leader: lambda_N, force towards the neighbour of smallest loss, times the learning rate."""
+    degree_pull: float = 0.1
+    """adjacent-leader: lambda_tau, force towards the neighbour of most neighbours, times the learning rate."""
+    leader_weight: float = 0.3
+    """adjacent-leader: omega_N, additional weight in the average of the neighbour of smallest loss."""
+    degree_weight: float = 0.1
+    """adjacent-leader: omega_tau, additional weight in the average of the neighbour of most neighbours."""
+    kept_fraction: float = 0.4
+    """ubar: rho, the fraction of the neighbours, those with the nearest weights, whose losses are looked at; at least one neighbour."""
+    own_weight: float = 0.5
+    """ubar: a, a learner's own weight beside the trusted neighbours' mean."""
+    num_faulty: int = 0
+    """Simulated faults: so many learners, the last ones, send corrupted weights; they count in all averages that are reported."""
+    fault: Fault = "gaussian"
+    """What faulty learners send: gaussian noise of standard deviation --fault-scale, or their weights times minus it (sign-flip)."""
+    fault_scale: float = 1.0
+    """Size of the fault."""
     accumulation: int = 1
     """Take each learner's minibatch in so many parts, one after another, and average their gradients: less memory."""
     autocast: Literal["off", "bf16"] = "off"
@@ -128,7 +164,6 @@ class TrainConfig:
         if self.accumulation > 1:
             require(self.local_batch_size % self.accumulation == 0, "accumulation",
                     f"must divide local_batch_size {self.local_batch_size}, and {self.accumulation} does not")  # fmt: skip
-        require(self.local_steps == 1 or self.algorithm == "local-sgd", "local_steps", "is for local-sgd")
         require(not self.reproducible or self.batching != "stacked", "reproducible", "takes learners one after another, so batching cannot be stacked")  # fmt: skip
         require(0 <= self.momentum < 1, "momentum", f"must be in [0, 1), not {self.momentum}")
         require(0 <= self.dampening < 1, "dampening", f"must be in [0, 1), not {self.dampening}")
@@ -149,6 +184,7 @@ class TrainConfig:
             )
         if self.algorithm != "ssgd-star" and not isinstance(self.sigma0, str):
             require(self.sigma0 == 0, "sigma0", "is for ssgd-star only")
+        found += self._rule_problems()
         found += self._noise_problems()
         try:
             parse_schedule(self.schedule, self.num_steps)
@@ -160,6 +196,37 @@ class TrainConfig:
                     f"takes gamma to {high:g}; it must stay in [0, 1]")  # fmt: skip
         except (ValueError, OverflowError) as error:
             found.append(("gamma_schedule", str(error)))
+        return found
+
+    def _rule_problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the fields of single rules and with the faults, by field."""
+        found: list[tuple[str, str]] = []
+        for algorithm, names in RULE_FIELDS.items():
+            for name in names:
+                if self.algorithm != algorithm and getattr(self, name) != getattr(TrainConfig, name):
+                    found.append((name, f"is for {algorithm}"))
+        for name in ("leader_pull", "degree_pull", "leader_weight", "degree_weight", "fault_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append((name, f"must be finite and not negative, not {getattr(self, name)}"))
+        weight = self.leader_weight + self.degree_weight
+        if weight > 1:
+            found.append(("leader_weight", f"and degree_weight must add up to at most 1, not {weight:g}"))
+        if not 0 < self.kept_fraction <= 1:
+            found.append(("kept_fraction", f"must be in (0, 1], not {self.kept_fraction}"))
+        if not 0 <= self.own_weight <= 1:
+            found.append(("own_weight", f"must be in [0, 1], not {self.own_weight}"))
+        if self.algorithm == "ubar" and (self.gamma, self.gamma_schedule) != (1, "constant"):
+            found.append(("gamma", "is not for ubar, which does not use the values of M; choose own_weight"))
+        if self.fault not in FAULTS:
+            found.append(("fault", f"must be one of {', '.join(FAULTS)}, not {self.fault!r}"))
+        if not self.num_faulty and (self.fault, self.fault_scale) != (TrainConfig.fault, TrainConfig.fault_scale):
+            found.append(("fault", "and fault_scale are for runs with num_faulty"))
+        if not 0 <= self.num_faulty < self.num_learners:
+            found.append(("num_faulty", f"must be between 0 and {self.num_learners - 1}, so that one of {self.num_learners} learners is honest, not {self.num_faulty}"))  # fmt: skip
+        elif self.num_faulty and self.algorithm not in GOSSIPING:
+            found.append(("num_faulty", f"is for learners that send each other weights: {', '.join(GOSSIPING)}"))
+        elif self.num_faulty and self.algorithm == "dpsgd" and self.order == "cta":
+            found.append(("num_faulty", "is for awc and atc: under cta gradients are taken at what was received, which checkpoints do not tell"))  # fmt: skip
         return found
 
     def _noise_problems(self) -> list[tuple[str, str]]:

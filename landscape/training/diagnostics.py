@@ -65,8 +65,9 @@ def diagnose(along_step: np.ndarray, along_mean: np.ndarray, squares: np.ndarray
         batch_size: B.
 
     Returns:
-        "alpha_e_ratio", "noise_scale" (examples), "gradient_norm_squared", each with its "_stderr". Ratios are null where G is not
-        positive: the large batch is too small to see the gradient. Empty for n < 3, which leaves no pairs for the errors.
+        "alpha_e_ratio", "noise_scale" (examples), "gradient_norm_squared", each with its "_stderr". Ratios are null where G does not
+        lie two standard errors above zero: the large batch is too small to see the gradient. Empty for n < 3, which leaves no pairs for
+        the errors. Ratios are biased by about the squared relative error of G.
     """
     n = len(squares)
     if n < 3:
@@ -84,7 +85,7 @@ def diagnose(along_step: np.ndarray, along_mean: np.ndarray, squares: np.ndarray
         errors = np.sqrt((n - 1) / n * np.square(without - without.mean(1, keepdims=True)).sum(1))
     found: dict[str, Any] = {}
     for i, name in enumerate(("alpha_e_ratio", "noise_scale", "gradient_norm_squared")):
-        known = name == "gradient_norm_squared" or whole[2] > 0
+        known = name == "gradient_norm_squared" or whole[2] > 2 * errors[2]
         found[name] = float(whole[i]) if known else math.nan
         found[f"{name}_stderr"] = float(errors[i]) if known else math.nan
     return found

@@ -73,6 +73,7 @@ class DistributedCommunicator:
         self._planned: Tensor | None = None
         self._plan = _Plan([], [], {}, [], None)
         self._received = torch.empty(0)
+        self._sums = torch.empty(0)
 
     def start_mix(self, tensor: Tensor, mixing: Tensor) -> Handle:
         """See `Communicator`. Under a uniform M of many learners one all-reduce; else neighbours only."""
@@ -88,7 +89,7 @@ class DistributedCommunicator:
         return _Gather(self, tensor, self._exchange(tensor, plan), plan)
 
     def start_mean(self, layout: ParameterLayout, contributions: int) -> Averaging:
-        """See `Communicator`: bucketed all-reduce during the backward pass, or all at once in the ordered mode."""
+        """See `Communicator`: bucketed all-reduce during the backward pass, or all at once in the ordered mode. The next one overwrites it."""
         return _BucketedMean(self, layout, contributions) if self.streams_gradients else MeanAtOnce(self)
 
     def means(self, tensor: Tensor) -> Tensor:
@@ -119,10 +120,15 @@ class DistributedCommunicator:
         """Parts of a weight vector that travel as one message each."""
         return list(chunks(tensor.shape[-1], self.bucket_bytes // tensor.element_size()))
 
+    def space_for_sums(self, like: Tensor, count: int) -> Tensor:
+        """Where gradients are summed, (count,)."""
+        self._sums = _space(self._sums, like, count)
+        return self._sums
+
     def _exchange(self, tensor: Tensor, plan: _Plan) -> list[list[dist.Work]]:
         """Start all messages, and say for each bucket which must be waited for."""
-        if len(plan.receives) and self._received.shape != (len(plan.receives), tensor.shape[1]):
-            self._received = tensor.new_empty(len(plan.receives), tensor.shape[1])
+        if plan.receives:
+            self._received = _space(self._received, tensor, len(plan.receives), tensor.shape[1])
         works: list[list[dist.Work]] = []
         for tag, part in enumerate(self.buckets(tensor)):
             messages = [
@@ -163,6 +169,12 @@ class DistributedCommunicator:
             return None
         c = float(beside[0])
         return c, (mixing.diagonal()[self.held.start : self.held.stop] - c).tolist()
+
+
+def _space(kept: Tensor, like: Tensor, *shape: int) -> Tensor:
+    """The tensor kept from the step before where it fits: to touch fresh memory costs as much as what is done with it."""
+    fits = kept.shape == shape and kept.dtype == like.dtype and kept.device == like.device
+    return kept if fits else like.new_empty(shape)
 
 
 class _Mix:
@@ -239,16 +251,17 @@ class _BucketedMean:
             self._begin(gradients)
         assert self.sums is not None
         mine = self.sums[self.parts[name]]
-        if len(gradients) == 1:
-            mine.add_(gradients[0].reshape(-1))
+        total = gradients[0].reshape(-1) if len(gradients) == 1 else gradients.flatten(1).sum(0)
+        if self.left[name] == self.count:
+            mine.copy_(total)
         else:
-            mine.add_(gradients.flatten(1).sum(0))
+            mine.add_(total)
         self.left[name] -= len(gradients)
         while len(self.works) < len(self.buckets) and all(self.left[n] == 0 for n in self.buckets[len(self.works)]):
             self._launch()
 
     def _begin(self, like: Tensor) -> None:
-        self.sums = like.new_zeros(self.layout.num_parameters)
+        self.sums = self.communicator.space_for_sums(like, self.layout.num_parameters)
         most, filled = self.communicator.bucket_bytes // like.element_size(), 0
         for name, size in reversed(list(zip(self.layout.names, self.layout.sizes, strict=True))):
             if not self.buckets or filled + size > most:
@@ -260,15 +273,22 @@ class _BucketedMean:
     def _launch(self) -> None:
         """All-reduce the next bucket; always in the same order, so that all processes pair the same ones."""
         assert self.sums is not None
-        names = self.buckets[len(self.works)]
-        part = slice(self.parts[names[-1]].start, self.parts[names[0]].stop)
-        self.works.append(dist.all_reduce(self.sums[part], async_op=True))
+        for name in self.buckets[len(self.works)]:
+            if self.left[name] == self.count:
+                self.sums[self.parts[name]].zero_()  # no gradient came
+        self.works.append(dist.all_reduce(self._bucket(len(self.works)), async_op=True))
+
+    def _bucket(self, number: int) -> Tensor:
+        assert self.sums is not None
+        names = self.buckets[number]
+        return self.sums[self.parts[names[-1]].start : self.parts[names[0]].stop]
 
     def wait(self, gradients: Tensor | None) -> Tensor:
         """See `Averaging`. A parameter that no gradient came for counts as zero."""
         assert self.sums is not None, "no gradient was taken"
         while len(self.works) < len(self.buckets):
             self._launch()
-        for work in self.works:
+        for number, work in enumerate(self.works):
             work.wait()
-        return spread(self.sums.div_(self.divisor)[None], len(self.communicator.held))
+            self._bucket(number).div_(self.divisor)  # while others are under way
+        return spread(self.sums[None], len(self.communicator.held))

@@ -1,11 +1,14 @@
-"""Losses and accuracies of stacked weights over a whole data set."""
+"""Losses and accuracies of stacked weights over a whole data set, and BatchNorm statistics for averaged ones."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from landscape import streams
 from landscape.data.dataset import TensorData
 from landscape.functional import Buffers, FunctionalModel, chunks
 from landscape.ranks import Ranks
@@ -53,3 +56,42 @@ def evaluate(
         torch.distributed.all_reduce(sums := torch.stack([total, norm, correct]))
         total, norm, correct = sums
     return total / norm if model.loss.reduction == "mean" else total, correct / len(data)
+
+
+RECALIBRATION_EXAMPLES, RECALIBRATION_BATCH = 2048, 256
+
+
+def recalibrated(
+    model: FunctionalModel, weights: Float[Tensor, "R d"], buffers: Buffers, data: TensorData, seed: int
+) -> Buffers:
+    """Buffers with BatchNorm's running statistics measured anew at `weights`: the average over batches of 2,048 training examples.
+
+    An average of learners has no statistics of its own, and the average of theirs is not its own (theory.md sec. 1).
+
+    Args:
+        model: in any mode; dropout is off.
+        weights: R weight vectors.
+        buffers: {name: (R, ...)}; what is no statistic stays.
+        data: the training data.
+        seed: of the choice of examples, the same for all weight vectors and steps.
+    """
+    trained = model.of(copy.deepcopy(model.module).eval())
+    norms = [
+        m for m in trained.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    if not norms:
+        return buffers
+    for norm in norms:
+        norm.train()
+    uniform = streams.uniform(streams.philox("recalibration", seed), RECALIBRATION_EXAMPLES)
+    indices = torch.from_numpy((uniform * len(data)).astype("int64")).to(weights.device)
+    held = []
+    with torch.no_grad():
+        for r in range(len(weights)):
+            mine = {name: b[r].clone() for name, b in buffers.items()}
+            for k, part in enumerate(indices.split(RECALIBRATION_BATCH)):
+                for norm in norms:
+                    norm.momentum = 1 / (k + 1)
+                trained.output(weights[r], mine, data.batch(part)[0])
+            held.append(mine)
+    return {name: torch.stack([b[name] for b in held]) if b.is_floating_point() else b for name, b in buffers.items()}

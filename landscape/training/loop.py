@@ -9,30 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from landscape import streams
 from landscape.data.dataset import TensorData
 from landscape.data.sampling import IndexSampler
-from landscape.functional import Buffers, FunctionalModel, chunks
+from landscape.functional import Buffers, FunctionalModel
 from landscape.tasks import Task
 from landscape.training.algorithms import Evaluation, LocalUpdate, Step
 from landscape.training.communicator import Communicator, StackedCommunicator, Take, spread
-from landscape.training.config import TrainConfig
+from landscape.training.config import GOSSIPING, TrainConfig
+from landscape.training.faults import FaultyCommunicator
+from landscape.training.minibatches import Minibatches, stacks_well
 from landscape.training.noise import NoiseProfile
 from landscape.training.rules import RULES
 from landscape.training.schedule import parse_schedule
 from landscape.training.state import LearnerState
 from landscape.training.topology import Topology
 from landscape.training.topology import controlled_disagreement as controlled_disagreement
-
-EXAMPLES_PER_CHUNK = {"cpu": 8192, "cuda": 1 << 17}
-"""Examples gathered and differentiated at once: fits the cache of a CPU, fills a GPU."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,7 @@ class Program:
         self._sigma0 = np.broadcast_to(level, (len(self.seeds), max(level.shape[1], 1)))
         self._profiles = [p.to(self.device, self.dtype) for p in profiles or ()]
         self._check_profiles()
-        alone = not self.model.batched or any(isinstance(m, _BatchlessRandomness) for m in module.modules())
-        at_once = EXAMPLES_PER_CHUNK.get(self.device.type, 8192) * config.accumulation // batch
-        self._chunk = 1 if alone else max(1, at_once)
+        self.minibatches = Minibatches(self.model, self.train, config, self.seeds, held)
 
     @property
     def num_replicas(self) -> int:
@@ -236,20 +232,22 @@ class Program:
         def evaluate(points: Tensor, take: Take | None) -> Evaluation:
             return self.evaluate(points, state, indices, take)
 
+        def losses(points: Tensor, learner: int) -> Tensor:
+            return self.minibatches.losses(points, learner, state, indices)
+
         new, evaluation = RULES[c.algorithm](
             Step(
                 state,
-                c.order,
+                c,
                 evaluate,
-                self.communicator,
+                losses,
+                self._exchanging(state.step),
                 self.update,
                 self.model.layout,
-                c.accumulation,
                 learning_rates=self._rates * self.schedule(state.step),
-                mixing=None if c.algorithm in ("ssgd", "ssgd-star", "local-sgd") else self.mixing(state.step),
+                mixing=self.mixing(state.step) if c.algorithm in GOSSIPING else None,
                 noise=self.noise(state.step),
                 gradient_noise=self.gradient_noise(state.step),
-                local_steps=c.local_steps,
             )
         )
         finite = torch.isfinite(evaluation.losses) & torch.isfinite(new.params.sum(1))  # gradients' too, then
@@ -265,41 +263,18 @@ class Program:
             gradient = self.communicator.means(evaluation.gradients)
         return new, StepRecord(told[:, 0] / c.num_learners, alive, bool(told[:, 2].any()), gradient)
 
+    def _exchanging(self, step: int) -> Communicator:
+        """The communicator of the step's rule: the backend, with simulated faults if there are any."""
+        c = self.config
+        if not c.num_faulty:
+            return self.communicator
+        return FaultyCommunicator(self.communicator, c.num_faulty, c.fault, c.fault_scale, self.seeds, step)
+
     def evaluate(
         self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor, take: Take | None = None
     ) -> Evaluation:
-        """Minibatch losses, gradients and new buffers at points, a chunk of learners at a time; gradients go to `take` if there is one."""
-        parts = [self._evaluate_chunk(points, state, indices, part, take) for part in chunks(len(points), self._chunk)]
-        if len(parts) == 1:
-            return parts[0]
-        gradients = [p.gradients for p in parts if p.gradients is not None]
-        return Evaluation(
-            torch.cat([p.losses for p in parts]),
-            torch.cat(gradients) if gradients else None,
-            {name: torch.cat([p.buffers[name] for p in parts]) for name in state.buffers},
-        )
-
-    def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice, take: Take | None) -> Evaluation:  # fmt: skip
-        buffers = {name: b[part] for name, b in state.buffers.items()}
-        replica, learner = divmod(part.start, self.num_held)
-        losses, gradients = torch.zeros((), device=self.device), None
-        with (
-            streams.seeded("dropout", self.seeds[replica], self.communicator.held[learner], state.step, device=self.device),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"),
-        ):  # fmt: skip
-            for few in indices[part].chunk(self.config.accumulation, dim=1):
-                inputs, targets = self.train.batch(few)
-                if self.config.channels_last:
-                    inputs = channels_last(inputs)
-                if take is None:
-                    found, more, buffers = self.model.minibatch_gradients(points[part], buffers, inputs, targets)
-                    gradients = more if gradients is None else gradients.add_(more)
-                else:
-                    found, buffers = self.model.streamed_gradients(points[part], buffers, inputs, targets, take)
-                losses = losses + found
-        if gradients is not None and self.config.accumulation > 1:
-            gradients.div_(self.config.accumulation)
-        return Evaluation(losses / self.config.accumulation, gradients, buffers)
+        """Minibatch losses, gradients and new buffers at points; see `Minibatches`."""
+        return self.minibatches.evaluate(points, state, indices, take)
 
     def averaged(self, state: LearnerState) -> tuple[Tensor, Buffers]:
         """w_a of each replica (R, d) and its buffers: floating-point ones averaged, counters the first learner's; the same on every process."""
@@ -315,22 +290,6 @@ class Program:
         deviations = params - spread(self.communicator.means(params), self.num_held)
         squares = self.communicator.sums(deviations.square().sum(1, keepdim=True))
         return (squares[:, 0] / self.config.num_learners).sqrt()
-
-
-_BatchlessRandomness = (nn.modules.dropout._DropoutNd,)
-"""Layers whose random masks must hang on the learner alone, and not on which learners are batched with it."""
-
-
-def stacks_well(module: nn.Module) -> bool:
-    """Whether learners of this network are faster as one batched program than one after another: not with convolutions, which become grouped ones."""
-    return not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
-
-
-def channels_last(inputs: Any) -> Any:
-    """Stacked images (L, B, C, H, W) with channels innermost in memory; other inputs as they are."""
-    if not isinstance(inputs, Tensor) or inputs.ndim != 5:
-        return inputs
-    return inputs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def sum_to_zero(noise: Tensor, num_learners: int) -> Tensor:

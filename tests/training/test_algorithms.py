@@ -399,7 +399,7 @@ def test_replicas_stacked_equal_each_run_alone(tiny_task: Task, name: str, graph
 def test_learners_evaluated_in_several_chunks_are_the_same(tiny_task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_program(tiny_task, make_config(num_learners=5, **ALGORITHMS["awc"]))
     parts = make_program(tiny_task, make_config(num_learners=5, **ALGORITHMS["awc"]))
-    monkeypatch.setattr(parts, "_chunk", 2)
+    monkeypatch.setattr(parts.minibatches, "_chunk", 2)
     torch.testing.assert_close(advance(parts)[-1].params, advance(whole)[-1].params, **EXACT)
 
 

@@ -87,6 +87,22 @@ CASES: dict[str, tuple[TrainConfig, Any]] = {
         for order in ORDERS
         for graph in TOPOLOGIES
     },
+    "local-sgd-reproducible": (make_config("local-sgd", local_steps=3, reproducible=True), None),
+    **{
+        f"{rule}-{graph}": (make_config(rule, topology=graph, num_learners=4 if graph == "hypercube" else 5), None)
+        for rule in ("adjacent-leader", "ubar")
+        for graph in ("ring", "hypercube", "one-peer-exponential", "random-pairing")
+    },
+    **{f"{rule}-momentum": (make_config(rule, topology="star", num_learners=7, **MOMENTUM), None) for rule in ("adjacent-leader", "ubar")},
+    **{f"{rule}-reproducible": (make_config(rule, topology="exponential", num_faulty=1, reproducible=True), None) for rule in ("adjacent-leader", "ubar")},
+    **{f"{rule}-convolutional": (make_config(rule, topology="complete"), convolutional) for rule in ("adjacent-leader", "ubar")},
+    "adjacent-leader-gamma": (make_config("adjacent-leader", gamma=0.7, gamma_schedule="step:2:0.0", topology="star"), None),
+    "adjacent-leader-gaussian": (make_config("adjacent-leader", topology="complete", num_faulty=2), None),
+    "ubar-gaussian": (make_config("ubar", topology="complete", num_faulty=2, kept_fraction=1.0), None),
+    "ubar-sign-flip-in-parts": (make_config("ubar", num_faulty=1, fault="sign-flip", accumulation=2), None),
+    "dpsgd-sign-flip": (make_config("dpsgd", topology="complete", num_learners=9, num_faulty=3, fault="sign-flip"), None),
+    "dpsgd-faulty-reproducible": (make_config("dpsgd", topology="exponential", num_faulty=2, reproducible=True), None),
+    **{f"dpsgd-{order}-gaussian": (make_config("dpsgd", order=order, num_faulty=2, fault_scale=0.5), None) for order in ("awc", "atc")},
     **{f"dpsgd-{order}-momentum": (make_config("dpsgd", order=order, num_learners=7, **MOMENTUM), None) for order in ORDERS},
 }  # fmt: skip
 

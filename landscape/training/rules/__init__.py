@@ -3,12 +3,21 @@
 from collections.abc import Callable
 
 from landscape.training.algorithms import Evaluation, Step
+from landscape.training.rules.adjacent_leader import adjacent_leader
 from landscape.training.rules.dpsgd import dpsgd
 from landscape.training.rules.local_sgd import local_sgd
 from landscape.training.rules.ssgd import ssgd
+from landscape.training.rules.ubar import ubar
 from landscape.training.state import LearnerState
 
 Rule = Callable[[Step], tuple[LearnerState, Evaluation]]
 
-RULES: dict[str, Rule] = {"ssgd": ssgd, "ssgd-star": ssgd, "dpsgd": dpsgd, "local-sgd": local_sgd}
+RULES: dict[str, Rule] = {
+    "ssgd": ssgd,
+    "ssgd-star": ssgd,
+    "dpsgd": dpsgd,
+    "local-sgd": local_sgd,
+    "adjacent-leader": adjacent_leader,
+    "ubar": ubar,
+}
 """By the name of the algorithm."""

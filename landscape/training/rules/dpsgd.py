@@ -13,7 +13,7 @@ def dpsgd(step: Step) -> tuple[LearnerState, Evaluation]:
 
     Under AWC the exchange of weights goes on while the gradients are taken.
     """
-    state, order, mixing = step.state, step.order, step.mixing
+    state, order, mixing = step.state, step.config.order, step.mixing
     assert mixing is not None
     weights = state.params
     exchange = step.communicator.start_mix(weights, mixing) if order in ("awc", "cta") else None

@@ -16,6 +16,6 @@ def local_sgd(step: Step) -> tuple[LearnerState, Evaluation]:
     assert evaluation.gradients is not None
     direction, momentum = step.update.direction(evaluation.gradients, weights, state.momentum, state.step)
     params = torch.addcmul(weights, direction, step.learning_rates, value=-1)
-    if (state.step + 1) % step.local_steps == 0:
+    if (state.step + 1) % step.config.local_steps == 0:
         params = spread(step.communicator.means(params), len(step.communicator.held)).contiguous()
     return LearnerState(params, evaluation.buffers, momentum, state.step + 1), evaluation

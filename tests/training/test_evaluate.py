@@ -1,0 +1,46 @@
+"""BatchNorm statistics of an averaged model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from landscape.data.dataset import TensorData
+from landscape.functional import FunctionalModel
+from landscape.training.evaluate import RECALIBRATION_BATCH, RECALIBRATION_EXAMPLES, evaluate, recalibrated
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+
+def test_recalibration_measures_the_statistics_at_the_weights() -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = TensorData(torch.randn(300, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (300,), generator=generator))  # fmt: skip
+    model = FunctionalModel(network(), nn.functional.cross_entropy)
+    weights, own = model.initial_weights()
+    stacked = torch.stack([weights, 2 * weights])
+    buffers = {name: torch.stack([b, b]) for name, b in own.items()}
+    found = recalibrated(model, stacked, buffers, data, seed=3)
+    for r in range(2):
+        layers = model.layout.split(stacked[r])
+        hidden = data.inputs @ layers["0.weight"].T + layers["0.bias"]
+        # examples are drawn with replacement: the mean of 2,048 lies within 5 standard errors of that of all
+        tolerance = 5 * hidden.std(0) / RECALIBRATION_EXAMPLES**0.5
+        assert bool(((found["1.running_mean"][r] - hidden.mean(0)).abs() < tolerance).all())
+        torch.testing.assert_close(found["1.running_var"][r], hidden.var(0), rtol=0.2, atol=0)
+    assert torch.equal(found["1.num_batches_tracked"], buffers["1.num_batches_tracked"])
+    again = recalibrated(model, stacked, found, data, seed=3)
+    assert all(torch.equal(found[name], again[name]) for name in found), "it does not hang on what was there before"
+    assert model.module.training
+    assert RECALIBRATION_EXAMPLES % RECALIBRATION_BATCH == 0, "the average weighs batches alike"
+    losses = [evaluate(model.evaluation(), stacked, b, data)[0] for b in (buffers, found)]
+    assert not torch.equal(losses[0], losses[1])
+
+
+def test_a_network_without_statistics_keeps_its_buffers() -> None:
+    model = FunctionalModel(nn.Linear(4, 3).double(), nn.functional.cross_entropy)
+    buffers = {"kept": torch.ones(1, 2)}
+    data = TensorData(torch.zeros(5, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.long))
+    assert recalibrated(model, model.initial_weights()[0][None], buffers, data, seed=0) is buffers
