@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from landscape.curvature.hessian import hessian
-from landscape.curvature.operators import SymmetricOperator
+from landscape.curvature.operators import SymmetricOperator, most_peers
 from landscape.functional import ParameterLayout
 from landscape.objective import Objective, Weights
 
@@ -46,6 +46,7 @@ class BlockDiagonalOperator(SymmetricOperator):
         first = next(iter(blocks.values()))
         self.dimension, self.device, self.dtype = layout.num_parameters, first.device, first.dtype
         self.blocks = dict(blocks)
+        self.peers = most_peers(self.blocks.values())
         self._places = {
             name: torch.cat([torch.arange(starts[m], starts[m] + sizes[m]) for m in layout.names if m in members[name]]).to(self.device)
             for name in blocks

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from landscape.curvature.operators import SymmetricOperator
+from landscape.curvature.operators import SymmetricOperator, most_peers
 
 
 class CoupledOperator(SymmetricOperator):
@@ -25,7 +25,7 @@ class CoupledOperator(SymmetricOperator):
         """Args: mixing M (n, n), symmetric; hessians H(w_j); learning_rate alpha; disagreement: restrict to P A P."""
         first = hessians[0]
         self.hessians, self.learning_rate, self.disagreement = list(hessians), learning_rate, disagreement
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype, self.peers = first.device, first.dtype, most_peers(self.hessians)
         self.mixing = mixing.to(self.device, self.dtype)
         if not torch.allclose(self.mixing, self.mixing.T, atol=1e-6):
             raise ValueError("the coupled operator is symmetric only for a symmetric mixing matrix")

@@ -227,7 +227,7 @@ def spectral_density(
     d, steps = operator.dimension, min(num_steps, operator.dimension - len(outliers))
     home = operator.device if storage is None else torch.device(storage)
     per_probe = max(steps, 1) * d * torch.finfo(operator.dtype).bits // 8
-    group = max(1, min(num_probes, free_memory(home) // 4 // per_probe))
+    group = max(1, min(num_probes, operator.peers.least(free_memory(home)) // 4 // per_probe))
 
     nodes, weights = np.zeros((num_probes, steps)), np.zeros((num_probes, steps))
     num_matvecs = 0

@@ -21,6 +21,7 @@ class GradientDifferenceOperator(SymmetricOperator):
         """Args: objective; points (S, d), the weights w + delta_s; step: e, a length in weight space."""
         self.objective, self.points, self.step = objective, points.to(objective.device, objective.dtype), step
         self.dimension, self.device, self.dtype = objective.num_parameters, objective.device, objective.dtype
+        self.peers = objective.peers
 
     def matvec(self, vector: Tensor) -> Tensor:
         """F v."""

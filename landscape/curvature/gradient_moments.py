@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from landscape.curvature.products import ObjectiveOperator
@@ -22,13 +21,7 @@ class SecondMomentOperator(ObjectiveOperator):
     kind = "second-moment"
 
     def _finish(self, total: Tensor, rows: Tensor) -> Tensor:
-        return total.mul_(self._count() / self.objective.norm**2)
-
-    def _count(self) -> float:
-        if not hasattr(self, "_total_count"):
-            count = torch.tensor(float(self.objective.num_examples), dtype=torch.float64, device=self.device)
-            self._total_count = float(self.objective.sum_over_ranks(count))
-        return self._total_count
+        return total.mul_(self.objective.num_examples / self.objective.norm**2)
 
 
 class GradientCovarianceOperator(SecondMomentOperator):

@@ -288,9 +288,10 @@ def _place(operator: SymmetricOperator, rows: int, least: int, storage: Any) -> 
     """How many rows to keep, and on which device."""
     row_bytes = operator.dimension * torch.finfo(operator.dtype).bits // 8
     device = operator.device if storage is None else torch.device(storage)
-    if storage is None and device.type == "cuda" and rows * row_bytes > torch.cuda.mem_get_info(device)[0] // 2:
-        device = torch.device("cpu")
+    if storage is None and device.type == "cuda":
+        free = operator.peers.least(torch.cuda.mem_get_info(device)[0])
+        device = torch.device("cpu") if rows * row_bytes > free // 2 else device
     if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        host_bytes = operator.peers.least(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         rows = min(rows, max(least, host_bytes // 2 // row_bytes))
     return rows, device

@@ -14,13 +14,14 @@ as numpy arrays.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from landscape.objective.peers import ALONE, Peers
 from landscape.provenance import code_version
 
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -36,11 +37,13 @@ class SymmetricOperator(ABC):
         dimension: d.
         device: where vectors live.
         dtype: their type.
+        peers: the ranks that share a product, which all ask for the same ones; decisions that count products are theirs together.
     """
 
     dimension: int
     device: torch.device
     dtype: torch.dtype
+    peers: Peers = ALONE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -131,6 +134,12 @@ class SymmetricOperator(ABC):
 
     def _like(self, other: SymmetricOperator) -> None:
         self.dimension, self.device, self.dtype = other.dimension, other.device, other.dtype
+        self.peers = other.peers
+
+
+def most_peers(operators: Iterable[SymmetricOperator]) -> Peers:
+    """The ranks that share the products of those operators whose products are shared."""
+    return max((a.peers for a in operators), key=lambda peers: peers.size)
 
 
 class DenseOperator(SymmetricOperator):
@@ -167,6 +176,7 @@ class SumOperator(SymmetricOperator):
         self.operators = list(operators)
         self.coefficients = [1.0] * len(self.operators) if coefficients is None else list(coefficients)
         self._like(self.operators[0])
+        self.peers = most_peers(self.operators)
 
     @property
     def description(self) -> dict[str, Any]:

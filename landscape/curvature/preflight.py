@@ -26,7 +26,7 @@ class Preflight:
     Attributes:
         problems: what makes the results wrong or impossible, each with what to do; empty if all is well.
         notes: what was decided or mended on the way.
-        seconds_per_gradient: of one gradient over all data (of this rank), extrapolated from one batch; nan where problems forbid it.
+        seconds_per_gradient: of one gradient over all data (in a group, this rank's part of it, without the sum), extrapolated from one batch; nan where problems forbid it.
         seconds_to_linearise: of building the graphs of all batches once.
         seconds_per_product: of one Hessian-vector product; graphs that do not fit the budget are built anew each time.
         kept_bytes: memory of the graphs that are kept between products.
@@ -191,9 +191,10 @@ def _priced(objective: Objective, weights: Tensor, notes: list[str], memory_budg
             torch.cuda.synchronize(objective.device)
         return time.perf_counter() - start, result
 
-    read, (index, inputs, targets) = clock(lambda: next(iter(objective.batches())))
+    read, found = clock(lambda: next(iter(objective.batches()), None))
+    index, inputs, targets = found or (0, *objective.few(1))  # a rank without examples of its own
     count = num_examples(targets)
-    share = objective.num_examples / count
+    share = objective.num_own_examples / count
     vector = streams.torch_generator("preflight", seed, 1)
     row = torch.randn(1, len(weights), generator=vector).to(weights)
     buffers = {n: b[None] for n, b in objective.buffers.items()}

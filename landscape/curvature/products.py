@@ -38,10 +38,11 @@ class ObjectiveOperator(SymmetricOperator):
         self.objective = objective
         self.weights = objective.flat(weights)
         self.dimension, self.device, self.dtype = objective.num_parameters, objective.device, objective.dtype
+        self.peers = objective.peers
         self.memory_budget = memory_budget
         self.kept_bytes = 0
         self._kept: dict[int, Linearised] = {}
-        self._complete, self._batched = False, True
+        self._complete, self._met, self._batched = False, False, True
         self._bytes_per_example: float | None = None
 
     @property
@@ -62,21 +63,25 @@ class ObjectiveOperator(SymmetricOperator):
         """From sums over all ranks (k, d) to the product with rows (k, d)."""
 
     def _product(self, rows: Tensor) -> Tensor:
-        total = torch.zeros_like(rows)
-        norm = 0.0
-        if self._complete:
-            for linear in self._kept.values():
-                total += self._multiply(linear, rows)
-        else:
-            for index, inputs, targets in self.objective.batches():
-                linear = self._kept.get(index) or self._linearise(index, inputs, targets)
-                total += self._multiply(linear, rows)
-                norm += float(linear.norm)
-                count = index + 1
-                del linear  # before the next graph is built
+        total = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+        norm, known = 0.0, self._complete  # graphs kept are a rank's own affair: no rank waits for another within
+        with self.peers.agree():
+            if known:
+                for linear in self._kept.values():
+                    total += self._multiply(linear, rows)
+            else:
+                count = 0
+                for index, inputs, targets in self.objective.batches():
+                    linear = self._kept.get(index) or self._linearise(index, inputs, targets)
+                    total += self._multiply(linear, rows)
+                    norm += float(linear.norm)
+                    count += 1
+                    del linear  # before the next graph is built
+                self._complete = len(self._kept) == count
+        if not self._met:  # the first product passes over the data on every rank
             self.objective.settle_norm(norm)
-            self._complete = len(self._kept) == count
-        return self._finish(self.objective.sum_over_ranks(total), rows)
+            self._met = True
+        return self._finish(self.peers.sum(total), rows)
 
     def _linearise(self, index: int, inputs: Any, targets: Any) -> Linearised:
         linear = self.objective.linearise(self.weights, index, inputs, targets, self.kind)

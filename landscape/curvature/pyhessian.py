@@ -71,11 +71,13 @@ def _tool(operator: SymmetricOperator, seed: int) -> Iterator[Any]:
             return super().dataloader_hv_product(v)
 
     objective = operator.objective
+    if objective.peers.size > 1:
+        raise ValueError("pyhessian knows one process, and the data are spread over several; build the objective without a group")  # fmt: skip
     data = [(inputs, targets) for _, inputs, targets in objective.batches()]
     if not all(isinstance(x, Tensor) and isinstance(y, Tensor) for x, y in data):
         raise ValueError("pyhessian takes batches that are pairs of tensors")
-    if objective.has_fixed_batches or objective.group is not None or objective.model.loss.reduction != "mean":
-        raise ValueError("pyhessian knows one process, a mean-reduced loss, eval mode and no fixed batches")
+    if objective.has_fixed_batches or objective.model.loss.reduction != "mean":
+        raise ValueError("pyhessian knows a mean-reduced loss, eval mode and no fixed batches")
     module = copy.deepcopy(objective.model.module)
     state = objective.model.state_dict(operator.weights, objective.buffers)
     module.load_state_dict(state)

@@ -37,11 +37,12 @@ def curved_gradient(objective: Objective, weights: Weights, directions: Float[Te
     flat = objective.flat(weights)
     total = torch.zeros_like(flat)
     norm = 0.0
-    for index, inputs, targets in objective.batches():
-        with objective.frozen(index), sdpa_kernel(SDPBackend.MATH):
-            part, weight = _of_batch(objective, flat, directions, inputs, targets)
-        total += part
-        norm += weight
+    with objective.peers.agree():
+        for index, inputs, targets in objective.batches():
+            with objective.frozen(index), sdpa_kernel(SDPBackend.MATH):
+                part, weight = _of_batch(objective, flat, directions, inputs, targets)
+            total += part
+            norm += weight
     objective.settle_norm(norm)
     return objective.sum_over_ranks(total) / (objective.norm * len(directions))
 

@@ -145,9 +145,10 @@ class BatchList:
     def __len__(self) -> int:
         return sum(self.counts)
 
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for batch in self.batches:
-            yield self.split(move(batch, self.device, self.dtype))
+    def some(self, numbers: range) -> Iterator[tuple[Any, Any]]:
+        """The batches of these numbers."""
+        for index in numbers:
+            yield self.split(move(self.batches[index], self.device, self.dtype))
 
     def batch(self, indices: Tensor) -> tuple[Any, Any]:
         """Not possible."""
@@ -245,12 +246,55 @@ def as_data(data: Any, device: torch.device | str, dtype: torch.dtype, split: Sp
     raise ValueError(f"data of type {type(data).__name__} is not a data set, tensors or a list of batches")
 
 
-def stream(data: Data, chunk: int) -> Iterator[tuple[Any, Any]]:
-    """All examples in order, in chunks of at most `chunk` (a list of batches keeps its own)."""
+def stream(data: Data, chunk: int, part: range | None = None) -> Iterator[tuple[Any, Any]]:
+    """Examples in order, in chunks of at most `chunk` (a list of batches keeps its own).
+
+    Args:
+        data: the data.
+        chunk: examples at once.
+        part: numbers of the examples to take (of a list, of its batches), consecutive; all by default.
+    """
     if isinstance(data, BatchList):
-        yield from data
+        yield from data.some(range(len(data.batches)) if part is None else part)
         return
-    for start in range(0, len(data), chunk):
-        stop = min(start + chunk, len(data))
-        indices = torch.arange(start, stop)
-        yield data.batch(indices) if isinstance(data, MapData) else data.rows(slice(start, stop))
+    part = range(len(data)) if part is None else part
+    for start in range(part.start, part.stop, chunk):
+        yield _consecutive(data, range(start, min(start + chunk, part.stop)))
+
+
+def _consecutive(data: TensorData | TreeData | MapData, part: range) -> tuple[Any, Any]:
+    if isinstance(data, MapData):
+        return data.batch(torch.arange(part.start, part.stop))
+    return data.rows(slice(part.start, part.stop))
+
+
+def name_bad_data(data: Data, size: int, part: range) -> None:
+    """Raise for the first batch whose inputs or targets hold a number that is not finite.
+
+    Args:
+        data: the data.
+        size: examples of a batch, for its number.
+        part: numbers of the examples to look at (of a list, of its batches), consecutive.
+    """
+    if isinstance(data, BatchList):
+        first = sum(data.counts[: part.start])
+        for index, batch in zip(part, data.some(part), strict=True):
+            _check_finite(batch, index, first)
+            first += data.counts[index]
+        return
+    start = part.start
+    while start < part.stop:
+        stop = min((start // size + 1) * size, part.stop)
+        _check_finite(_consecutive(data, range(start, stop)), start // size, start)
+        start = stop
+
+
+def _check_finite(batch: tuple[Any, Any], index: int, first: int) -> None:
+    count = num_examples(batch[1])
+    for t in tensors_in(batch):
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            rows = (~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero().flatten()
+            raise ValueError(
+                f"the data hold nan or infinity: {len(rows)} example(s) of batch {index} (examples {first} to {first + count - 1}), "
+                f"the first of them example {first + int(rows[0])}"
+            )

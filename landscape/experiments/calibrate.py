@@ -196,6 +196,7 @@ def _rows(
         found, drift = (points - mean) / len(points) ** 0.5, None
     else:
         mean, points = mean.to(objective.device, objective.dtype), points.to(objective.device, objective.dtype)
+        objective = objective.recalibrated(mean)
         draws = draw_gradients(
             objective, mean, points, num_learners=len(points), local_batch_size=run.config.local_batch_size, num_draws=num_draws,
             seed=seed,

@@ -61,7 +61,7 @@ class MeasureConfig:
     """Examples for the full gradient that draws are compared with, debiased; all of them by default. Predictions and the ledger still
     take the exact one."""
     memory_gb: float | int | None = None
-    """Memory, in GiB, beside the learners' weights, that draws and kept graphs may take: what is beyond lies in a file or is computed anew.
+    """Memory of a process, in GiB, beside the learners' weights, that draws and kept graphs may take: what is beyond lies in a file or is computed anew.
     Bases of eigenproblems (curvature, alignment) and single gradients are not bounded by it."""
     learning_rate: float | int | None = None
     """alpha, for checkpoints that do not record it; overrides what they record."""
@@ -75,10 +75,16 @@ class Checkpoint:
     """What the measures of one checkpoint share, each computed when first asked for."""
 
     def __init__(self, run: Run, step: int, task: Task, objective: Objective, settings: MeasureConfig) -> None:
-        self.run, self.step, self.task, self.objective, self.settings = run, step, task, objective, settings
+        self.run, self.step, self.task, self.settings = run, step, task, settings
+        self._objective = objective
         self.config: TrainConfig = run.config
         self.seed = streams.at_step(settings.seed, step)
         self.learners: Learners = run.learners(step)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """L(w), with BatchNorm's statistics frozen as measured at w_a (theory.md sec. 1)."""
+        return self._objective.recalibrated(self.mean)
 
     @cached_property
     def learning_rate(self) -> float:
@@ -106,7 +112,7 @@ class Checkpoint:
     @cached_property
     def mean(self) -> Tensor:
         """w_a (d,)."""
-        return self.learners.mean.to(self.objective.device, self.objective.dtype)
+        return self.learners.mean.to(self._objective.device, self._objective.dtype)
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -229,7 +235,7 @@ class Checkpoint:
         SSGD* takes them at w_a + isotropic noise of the learners' spread, or of its own sigma_0. "landscape" is xi_D of the run's own points.
         """
         found = {"ssgd": self.draws.mean_rows}
-        own = self.config.algorithm
+        own = "ssgd-star" if self.config.algorithm == "ssgd-star" else "dpsgd"  # at the learners' points, whatever mixes them
         if self.draws.point_rows is self.draws.mean_rows:  # all gradients are taken at w_a
             return found
         if own == "dpsgd":
@@ -247,11 +253,11 @@ class Checkpoint:
         """|g_i - g| of every example, (N,)."""
         g = self.gradient.double()
         norm = float(g @ g)
-        parts = [
-            squares - 2 * along[:, 0] + norm
-            for squares, along in example_projections(self.objective, self.mean, self.gradient[:, None])
-        ]
-        return torch.cat(parts).clamp_min(0).sqrt().cpu().numpy()
+        found = example_projections(self.objective, self.mean, self.gradient[:, None])
+        parts = [g.new_zeros(0)]  # this rank may have no example
+        with self.objective.peers.agree():
+            parts += [squares - 2 * along[:, 0] + norm for squares, along in found]
+        return self.objective.peers.joined(torch.cat(parts)).clamp_min(0).sqrt().cpu().numpy()
 
     @cached_property
     def hessian(self) -> HessianOperator:

@@ -69,7 +69,7 @@ def _noise(at: Checkpoint) -> xr.Dataset:
     alpha, n, batch = at.learning_rate, len(at.learners), at.local_batch_size
     c = at.covariance
     predicted = math.nan
-    if at.config.algorithm == "dpsgd":
+    if at.config.algorithm == "dpsgd" and not at.config.num_faulty:
         try:
             predicted = predicted_consensus(
                 at.topology,
@@ -82,7 +82,7 @@ def _noise(at: Checkpoint) -> xr.Dataset:
             )
         except ValueError:
             predicted = math.nan  # graph modes that do not separate
-    elif not at.sigma0:
+    elif at.config.algorithm in ("ssgd", "ssgd-star") and not at.sigma0:
         predicted = 0.0
     more = {
         "Delta_S_predicted": (alpha**2 * c.trace / (n * batch), "alpha^2 Tr(C)/(n B)"),
@@ -171,6 +171,9 @@ def _smoothing_length(at: Checkpoint) -> xr.Dataset:
                          max_matvecs=s.smoothing_matvecs, seed=at.seed, sigma=at.sigma0).to_xarray()
         for k in at.kernels
     ]  # fmt: skip
+    parts = [
+        part.assign_coords(scale_index=np.arange(part.sizes["scale_index"])) for part in parts
+    ]  # of different lengths
     return xr.concat(parts, "kernel", join="outer").assign_coords(kernel=list(at.kernels)).reindex(kernel=list(KERNELS))
 
 
@@ -203,7 +206,7 @@ def _stability(at: Checkpoint) -> xr.Dataset:
             value,
             {"long_name": f"largest stable alpha lambda of the {name}, on a quadratic"},
         )
-    if at.config.algorithm == "dpsgd" and len(at.learner_hessians) == len(at.learners) > 1:
+    if at.config.algorithm == "dpsgd" and not at.config.num_faulty and len(at.learner_hessians) == len(at.learners) > 1:
         decay = at.config.weight_decay
         hessians = [h.shift(decay) for h in at.learner_hessians] if decay else at.learner_hessians
         coupled = coupled_stability(hessians, at.mixing, at.rule, alpha, [v + decay for v in at.learner_lambda_max],
@@ -262,14 +265,19 @@ def _alignment_by_layer(at: Checkpoint) -> xr.Dataset:
 
 
 def _disagreement(at: Checkpoint) -> xr.Dataset:
-    if at.config.algorithm != "dpsgd" or at.learners.consensus_distance == 0:
-        text = "Tr Sigma_w; zero, for there is one learner or all are equal, and nothing to resolve"
-        return xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": text})})
-    try:
-        disagreement_modes(at.topology)
-    except ValueError as error:  # graph modes that do not separate
+    reason = ""
+    if at.learners.consensus_distance == 0:
+        reason = "there is one learner or all are equal, and nothing to resolve"
+    elif at.config.algorithm != "dpsgd" or at.config.num_faulty:
+        reason = "the modes are those of DPSGD with honest learners"
+    else:
+        try:
+            disagreement_modes(at.topology)
+        except ValueError as error:  # graph modes that do not separate
+            reason = str(error)
+    if reason:
         said = xr.Dataset({"consensus_trace": ((), at.learners.consensus_distance**2, {"long_name": "Tr Sigma_w"})})
-        return said.assign_attrs(unresolved=str(error))
+        return said.assign_attrs(unresolved=reason)
     c, drawn = at.covariance, range(max(0, at.step - HISTORY), at.step)
     gammas = {at.config.gamma_at(t) for t in drawn}
     varying = len(drawn) > 0 and (not at.topology.is_static or len(gammas) > 1)

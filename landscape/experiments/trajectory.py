@@ -42,6 +42,8 @@ def run_flatness(
         device: where to compute; the run's own by default.
         allow_other_data: measure on data whose fingerprint is not the run's.
         task: the run's task, where it cannot be found by the name in run.json.
+
+    Where a process group exists all its processes call this alike, and share the passes over the data.
     """
     run = open_run(run) if isinstance(run, str | Path) else run
     objective, _, _ = run_objective(run, task, data_root, device, allow_other_data, MeasureConfig())

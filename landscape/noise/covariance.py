@@ -64,9 +64,11 @@ def gradient_covariance_summary(
     columns = torch.empty(objective.num_parameters, 0) if directions is None else directions
     gradient = objective.gradient(weights).double()
     sums = torch.zeros(2 + 2 * columns.shape[1], dtype=torch.float64, device=objective.device)
-    for squares, projected in example_projections(objective, weights, columns, chunk=chunk):
-        sums += torch.cat([squares.sum()[None], sums.new_tensor([len(squares)]), projected.sum(0), projected.square().sum(0)])  # fmt: skip
-    sums = objective.sum_over_ranks(sums)
+    found = example_projections(objective, weights, columns, chunk=chunk)
+    with objective.peers.agree():
+        for squares, projected in found:
+            sums += torch.cat([squares.sum()[None], sums.new_tensor([len(squares)]), projected.sum(0), projected.square().sum(0)])  # fmt: skip
+    sums = objective.peers.sum(sums)
     count, norm = float(sums[1]), float(gradient @ gradient)
     first, second = (sums[2:] / count).chunk(2)
     along = (second - first**2).cpu().numpy()
@@ -84,6 +86,7 @@ def draw_examples(objective: Objective, num_examples: int | None, seed: int = 0)
     total = objective.num_examples
     if num_examples is None or num_examples >= total:
         return None
+    objective.needs_all_data()
     if num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, not {num_examples}")
     if isinstance(objective.data, BatchList):

@@ -181,15 +181,15 @@ class _Products:
     def of(draws: Draws, reference: ReferenceGradient, layout: ParameterLayout) -> _Products:
         layers, gather = _layers(layout)
         groups = reference.groups
-        found = []
-        for at_points, at_mean in draws:
+        found = [np.zeros((0, len(layout.sizes), 3, 3 + len(groups)))]
+        for at_points, at_mean in draws.some(draws.peers.share(len(draws))):
             total = torch.zeros(len(layout.sizes), 3, 3 + len(groups), dtype=torch.float64, device=groups.device)
             for index, where in pieces(layout.sizes):
                 a, s = at_points[where].double(), at_mean[where].double()
                 rows = torch.stack([a, s, a - s])
                 total[index] += rows @ torch.cat([rows, groups[:, where].double()]).T
-            found.append(total.cpu().numpy())
-        by_parameter = np.stack(found)
+            found.append(total.cpu().numpy()[None])
+        by_parameter = np.concatenate(draws.peers.collect(np.concatenate(found)))
         summed = np.einsum("kpij,lp->klij", by_parameter, gather)
         return _Products(
             layers,
@@ -297,7 +297,8 @@ def _identity_error(draws: Draws, gradient: Tensor, alpha: float, values: dict[s
     (alpha_e - alpha)^2 |g|^2, each vector formed by itself."""
     squared = _inner(gradient, gradient)
     worst = 0.0
-    for k, (at_points, at_mean) in enumerate(draws):
+    own = draws.peers.share(len(draws))
+    for k, (at_points, at_mean) in zip(own, draws.some(own), strict=True):
         share = _inner(at_points, gradient) / squared
         sums = np.zeros(7)
         for _, where in pieces([len(gradient)]):
@@ -315,7 +316,7 @@ def _identity_error(draws: Draws, gradient: Tensor, alpha: float, values: dict[s
         if whole > 0:
             gaps += [(parts - whole) / whole, (delta + (alpha * (share - 1)) ** 2 * squared - whole) / whole]
         worst = max(worst, *map(abs, gaps))
-    return worst
+    return max(draws.peers.collect(worst))
 
 
 def _inner(a: Tensor, b: Tensor) -> float:

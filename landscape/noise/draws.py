@@ -15,6 +15,7 @@ from landscape import streams
 from landscape.data.sampling import IndexSampler
 from landscape.noise.rows import Rows
 from landscape.objective import Objective
+from landscape.objective.peers import ALONE, Peers
 from landscape.training.algorithms import gradient_points
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Draws:
         num_learners: n.
         local_batch_size: B.
         seed: of the minibatches.
+        peers: the ranks that all hold these draws.
     """
 
     point_rows: Rows
@@ -41,6 +43,7 @@ class Draws:
     num_learners: int
     local_batch_size: int
     seed: int
+    peers: Peers = ALONE
 
     def __len__(self) -> int:
         return len(self.point_rows)
@@ -67,7 +70,11 @@ class Draws:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(g_a, the same at w_a) of each draw, (d,) each."""
-        for k in range(len(self)):
+        return self.some(range(len(self)))
+
+    def some(self, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of the draws of these numbers."""
+        for k in numbers:
             part = slice(k, k + 1)
             yield self.point_rows.get(part)[0], self.mean_rows.get(part)[0]
 
@@ -95,8 +102,10 @@ def draw_gradients(
         seed: of the minibatches; other streams than training's.
         memory_budget: bytes for the 2 K d numbers of the result; what is beyond lies in a scratch file.
 
-    Cost: 2 n K minibatch gradients, those at w_a n at a time; half of that where all points are w_a.
+    Cost: 2 n K minibatch gradients, those at w_a n at a time; half of that where all points are w_a. Ranks that share the data take K/ranks of
+    the draws each, and hand each other the results, so that every one has all of them.
     """
+    objective.needs_all_data()
     if local_batch_size < 1 or local_batch_size > objective.num_examples:
         raise ValueError(
             f"local_batch_size must be between 1 and the number of examples ({objective.num_examples}), not {local_batch_size}"
@@ -112,16 +121,20 @@ def draw_gradients(
     point_rows = mean_rows if at_mean else Rows(shape, mean, share)
     size = max(1, objective.chunk // (num_learners * local_batch_size))  # draws that fill one batched pass
     size = min(size, max(1, objective.memory_budget // (4 * len(mean) * mean.dtype.itemsize)))
-    for start in range(0, num_draws, size):
-        some = range(start, min(start + size, num_draws))
-        indices = torch.stack([sampler.indices(draw) for draw in some])
-        mean_rows.put(start, objective.averaged_gradients(mean, indices))
-        if at_mean:
-            continue
-        here = torch.stack([points(draw).to(mean) for draw in some]) if callable(points) else fixed
-        assert here is not None
-        point_rows.put(start, objective.averaged_gradients(here, indices))
-    return Draws(point_rows, mean_rows, num_learners, local_batch_size, seed)
+    own = objective.peers.share(num_draws)
+    with objective.peers.agree():
+        for start in range(own.start, own.stop, size):
+            some = range(start, min(start + size, own.stop))
+            indices = torch.stack([sampler.indices(draw) for draw in some])
+            mean_rows.put(start, objective.averaged_gradients(mean, indices))
+            if at_mean:
+                continue
+            here = torch.stack([points(draw).to(mean) for draw in some]) if callable(points) else fixed
+            assert here is not None
+            point_rows.put(start, objective.averaged_gradients(here, indices))
+    for rows in (mean_rows,) if at_mean else (mean_rows, point_rows):
+        rows.hand_round(objective.peers)
+    return Draws(point_rows, mean_rows, num_learners, local_batch_size, seed, objective.peers)
 
 
 def points_of(learners: Learners, seed: int = 0) -> Points:

@@ -10,6 +10,9 @@ each of them over blocks of columns:
 
 The first three come from ordinary batched passes (`landscape.noise.capture`); the cheapest by arithmetic is taken. Blocks are as wide as the memory
 budget allows, and as many of them as fit are filled in one pass over the data.
+
+Ranks that share the data share each sum: of explicit and vmap, every rank fills and multiplies its columns alone; of outer products and pairs, all
+fill the few numbers an example that these take, and each multiplies its rows of the matrix.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from landscape.noise.capture import (
     weight_projections,
 )
 from landscape.noise.examples import Examples
-from landscape.noise.products import PRODUCT_WIDTH, add_pairs, add_products, mirror
+from landscape.noise.products import PRODUCT_WIDTH, add_pairs, add_products, band_of, cut, mirror
 from landscape.objective import Objective, Weights
 
 Grouping = Literal["layer", "parameter", "whole"] | int
@@ -100,8 +103,6 @@ def example_gram(
     Cost: a forward and a backward pass over the m examples for every (memory_budget/2)/(m itemsize) numbers kept per example; then the products above. Accuracy:
     entries are off by the type's precision times |g_i| |g_k|, so that a covariance far below |g|^2 asks for Objective(..., dtype=torch.float64).
     """
-    if objective.group is not None and objective.world_size > 1:
-        raise ValueError("inner products of examples on different ranks are not taken; build the objective on one rank, without a group")  # fmt: skip
     flat = objective.flat(weights)
     columns = flat.new_zeros(len(flat), 0) if directions is None else directions.to(flat)
     if columns.shape[0] != len(flat):
@@ -113,8 +114,7 @@ def example_gram(
 
 def example_scale(objective: Objective) -> float:
     """What a contribution's gradient is multiplied by, so that its mean over all N examples (of all ranks) is the objective's gradient."""
-    count = torch.tensor(float(objective.num_examples), dtype=torch.float64, device=objective.device)
-    return float(objective.sum_over_ranks(count)) / objective.norm
+    return objective.num_examples / objective.norm
 
 
 def default_budget(device: torch.device) -> int:
@@ -127,7 +127,7 @@ def default_budget(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Piece:
-    """What one pass keeps of every example for one parameter: `width` numbers.
+    """What one pass of this rank keeps of every example for one parameter: `width` numbers.
 
     "columns" of the gradient by vmap; "rows" of a weight's gradient, or one number a feature ("vector"), rebuilt; "inputs" and "slopes" of an outer product; the whole "flow".
     """
@@ -147,14 +147,19 @@ class _Gram:
         self, objective: Objective, weights: Tensor, examples: Examples, directions: Tensor, budget: int | None, captured: bool
     ) -> None:  # fmt: skip
         self.objective, self.weights, self.examples = objective, weights, examples
-        self.room = (default_budget(objective.device) if budget is None else budget) // 2
+        self.peers = objective.peers
+        self.room = self.peers.least(default_budget(objective.device) if budget is None else budget) // 2
         self.count, self.itemsize = len(examples), objective.dtype.itemsize
         self.shapes = dict(zip(objective.model.layout.names, objective.model.layout.shapes, strict=True))
         self.directions = dict(
             zip(self.shapes, directions.split(objective.model.layout.sizes), strict=True)
         )  # (numel, k) each
         self.num_directions = directions.shape[1]
-        self.known = trusted_layers(objective, weights, *examples.few(NUM_TRIALS)) if captured else {}
+        with self.peers.agree():
+            known = trusted_layers(objective, weights, *examples.few(NUM_TRIALS)) if captured else {}
+        everywhere = set(known).intersection(*self.peers.collect(list(known)))  # one plan on all ranks
+        self.known = {name: layer for name, layer in known.items() if name in everywhere}
+        self.band, self.share = band_of(self.count, self.peers), self.peers.share(self.count)
         self.one_shape = examples.indices is not None  # batches of a list may differ in length
         self.batched = objective.model.batched
         self.along: dict[str, Tensor] = {}
@@ -165,28 +170,33 @@ class _Gram:
         return max(1, self.room // (self.count * self.itemsize))
 
     def by_group(self, groups: dict[str, list[str]]) -> Iterator[ExampleGram]:
-        pieces = [piece for group, names in groups.items() for name in names for piece in self._pieces(group, name)]
-        left = {group: sum(p.group == group for p in pieces) for group in groups}
+        pieces = {group: [p for name in names for p in self._pieces(group, name)] for group, names in groups.items()}
         scale = example_scale(self.objective)
+        blocks = self._blocks([piece for some in pieces.values() for piece in some])
         self.along = {group: self._zeros(self.num_directions) for group in groups}
         sums: dict[str, Tensor] = {}
+        for group, names in groups.items():
+            sums["total"] = self._zeros(self.count)
+            with self.peers.agree():
+                for _ in pieces[group]:
+                    piece, block = next(blocks)
+                    self._consume(piece, block, sums)
+                    del block
+            gram = mirror(self.peers.sum(sums.pop("total"))).mul_(scale**2)
+            along = self.peers.sum(self.along.pop(group)).mul_(scale)
+            if not torch.isfinite(gram.diagonal()).all():
+                with self.peers.agree():
+                    self.objective.name_bad_data()
+                raise ValueError(f"the gradients of {group} are not finite though the data are: these weights have diverged")  # fmt: skip
+            yield ExampleGram(group, sum(self.shapes[name].numel() for name in names), gram, along)
+            del gram, along
+
+    def _blocks(self, pieces: list[_Piece]) -> Iterator[tuple[_Piece, Tensor]]:
+        """Pieces in order with what they keep, (m, width)."""
         for some in _packed(pieces, self.most):
-            blocks = self._filled(some)
+            found = self._filled(some)
             for piece in some:
-                block = blocks.pop(0)
-                if "total" not in sums:
-                    sums["total"] = self._zeros(self.count)
-                self._consume(piece, block, sums)
-                del block
-                left[piece.group] -= 1
-                if left[piece.group] == 0:
-                    gram, along = mirror(sums.pop("total")).mul_(scale**2), self.along.pop(piece.group).mul_(scale)
-                    if not torch.isfinite(gram.diagonal()).all():
-                        self.objective._name_bad_data()
-                        raise ValueError(f"the gradients of {piece.group} are not finite though the data are: these weights have diverged")  # fmt: skip
-                    size = sum(self.shapes[name].numel() for name in groups[piece.group])
-                    yield ExampleGram(piece.group, size, gram, along)
-                    del gram, along
+                yield piece, found.pop(0)
 
     def _zeros(self, columns: int) -> Tensor:
         return torch.zeros(self.count, columns, dtype=torch.float64, device=self.weights.device)
@@ -194,10 +204,12 @@ class _Gram:
     def _pieces(self, group: str, name: str) -> list[_Piece]:
         size = self.shapes[name].numel()
         if name not in self.known:
-            return [_Piece(group, name, "columns", part, part.stop - part.start) for part in chunks(size, self.most)]
+            own = cut(self.peers.share(size), self.most)
+            return [_Piece(group, name, "columns", part, part.stop - part.start) for part in own]
         layer, a, delta = self.known[name]
         if not layer.has_matrix(name):
-            return [_Piece(group, name, "vector", slice(0, size), size, layer)]
+            own = cut(self.peers.share(size), size)
+            return [_Piece(group, name, "vector", part, part.stop - part.start, layer) for part in own]
         if layer.is_linear and len(a) == 1:
             inputs = [_Piece(group, name, "inputs", p, p.stop - p.start, layer) for p in chunks(a[0], self.most)]
             return inputs + [_Piece(group, name, "slopes", p, p.stop - p.start, layer) for p in chunks(delta[0], self.most)]  # fmt: skip
@@ -207,7 +219,7 @@ class _Gram:
         rows, fan_in = self.shapes[name][0], size // self.shapes[name][0]
         return [
             _Piece(group, name, "rows", part, (part.stop - part.start) * fan_in, layer)
-            for part in chunks(rows, self.most // fan_in)
+            for part in cut(self.peers.share(rows), self.most // fan_in)
         ]
 
     def _pairs_pay(self, layer: Layer, delta: torch.Size) -> bool:
@@ -263,13 +275,16 @@ class _Gram:
                 f"layer {layer.name or 'of the network'} was not called once with one row an example for some examples, as it was for others; use method='vmap'"
             )
         if piece.kind == "vector":
-            return vector_gradients(layer, flow, piece.parameter)
+            return vector_gradients(layer, flow, piece.parameter)[:, piece.part]
         if piece.kind == "rows":
             return weight_gradients(layer, flow, piece.part)
         if piece.kind == "flow":
             return torch.cat([flow.inputs.flatten(1), flow.slopes.flatten(1)], dim=1)
         if piece.kind == "inputs" and piece.part.start == 0 and self.num_directions:
-            self.along[piece.group][part] += self._projections(piece, layer, flow)
+            start, stop = max(part.start, self.share.start), min(part.stop, self.share.stop)
+            if start < stop:
+                own = flow[start - part.start : stop - part.start]
+                self.along[piece.group][start:stop] += self._projections(piece, layer, own)
         return (flow.inputs if piece.kind == "inputs" else flow.slopes)[:, piece.part]
 
     def _projections(self, piece: _Piece, layer: Layer, flow: Flow) -> Tensor:
@@ -282,7 +297,7 @@ class _Gram:
         if piece.kind in ("inputs", "slopes"):
             if piece.kind not in sums:
                 sums[piece.kind] = self._zeros(self.count)
-            add_products(sums[piece.kind], block, torch.float64)
+            add_products(sums[piece.kind], block, torch.float64, self.band)
             if piece.kind == "slopes" and piece.part.stop == size[0]:
                 sums["total"].addcmul_(sums["inputs"], sums["slopes"])
                 sums["inputs"].zero_()  # kept: to zero them is faster than to have them anew
@@ -301,11 +316,11 @@ class _Gram:
         rows, fan_in = self.shapes[piece.parameter][0], self.shapes[piece.parameter][1:].numel()
         patches = self.itemsize * length * (fan_in * piece.layer.groups + rows)
         if self._pairs_pay(piece.layer, delta):
-            add_pairs(total, piece.layer, flow, self.room)
-            for part in chunks(self.count if self.num_directions else 0, max(1, self.room // (2 * patches))):
+            add_pairs(total, piece.layer, flow, self.room, self.band)
+            for part in cut(self.share if self.num_directions else range(0), max(1, self.room // (2 * patches))):
                 self.along[piece.group][part] += self._projections(piece, piece.layer, flow[part])  # fmt: skip
             return
-        for some in chunks(rows, max(1, self.room // 2 // (self.count * fan_in * self.itemsize))):
+        for some in cut(self.peers.share(rows), max(1, self.room // 2 // (self.count * fan_in * self.itemsize))):
             width = (some.stop - some.start) * fan_in
             rebuilt = block.new_empty(self.count, width)
             for part in chunks(self.count, max(1, self.room // (4 * (patches + self.itemsize * width)))):

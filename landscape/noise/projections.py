@@ -32,7 +32,10 @@ from landscape.objective import Objective, Weights
 def example_projections(
     objective: Objective, weights: Weights, directions: Float[Tensor, "d k"], *, chunk: int = 256
 ) -> Iterator[tuple[Float[Tensor, " b"], Float[Tensor, "b k"]]]:
-    """|g_i|^2 and g_i . v of all examples, float64, g_i as in `landscape.noise.gram.example_gram`.
+    """|g_i|^2 and g_i . v of all examples of this rank, float64, g_i as in `landscape.noise.gram.example_gram`.
+
+    In a group the ranks together have each example once, in order; one that has none gives nothing. All ranks wait for each other here at
+    first, and no longer while they iterate, which belongs inside `Peers.agree`.
 
     Args:
         objective: L; its loss must give one number per example.
@@ -42,8 +45,13 @@ def example_projections(
 
     Cost: one gradient, k more forward passes of linear and convolution layers, and per-example gradients of the other parameters.
     """
-    examples, flat = Examples(objective), objective.flat(weights)
-    layout, scale = objective.model.layout, example_scale(objective)
+    return _projections(objective, Examples(objective, own=True), objective.flat(weights), directions, chunk, example_scale(objective))  # fmt: skip
+
+
+def _projections(
+    objective: Objective, examples: Examples, flat: Tensor, directions: Tensor, chunk: int, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    layout = objective.model.layout
     known = trusted_layers(objective, flat, *examples.few(NUM_TRIALS))
     layers = list({layer.name: layer for layer, _, _ in known.values()}.values())
     along = dict(zip(layout.names, directions.to(flat).split(layout.sizes), strict=True))
@@ -89,20 +97,22 @@ def example_combinations(
         coefficients: (m, k).
         indices: which examples; None for all.
 
-    Cost: one forward and k backward passes over the examples.
+    Cost: one forward and k backward passes over the examples, which ranks share.
     """
-    examples, flat = Examples(objective, indices), objective.flat(weights)
+    objective.needs_all_data()
+    examples, flat = Examples(objective, indices, own=True), objective.flat(weights)
     if len(coefficients) != len(examples):
         raise ValueError(f"{len(coefficients)} rows of coefficients, for {len(examples)} examples")
     total = torch.zeros(coefficients.shape[1], len(flat), dtype=torch.float64, device=flat.device)
     factors = coefficients.to(flat)
     held = leaves(objective, flat)
-    for part, inputs, targets in examples.chunks(objective.chunk):
-        contributions = _contributions(objective, held, inputs, targets)
-        for j in range(len(total)):
-            found = torch.autograd.grad(contributions, list(held.values()), factors[part, j], retain_graph=True, materialize_grads=True)  # fmt: skip
-            total[j] += torch.cat([g.flatten() for g in found])
-    return (total.mul_(example_scale(objective))).to(flat.dtype).T
+    with objective.peers.agree():
+        for part, inputs, targets in examples.chunks(objective.chunk):
+            contributions = _contributions(objective, held, inputs, targets)
+            for j in range(len(total)):
+                found = torch.autograd.grad(contributions, list(held.values()), factors[part, j], retain_graph=True, materialize_grads=True)  # fmt: skip
+                total[j] += torch.cat([g.flatten() for g in found])
+    return (objective.peers.sum(total).mul_(example_scale(objective))).to(flat.dtype).T
 
 
 def _contributions(objective: Objective, held: dict[str, Tensor], inputs: Any, targets: Any) -> Tensor:

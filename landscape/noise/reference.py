@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from landscape import streams
+from landscape.noise.rows import Rows
 from landscape.objective import Objective, Weights
 
 NUM_GROUPS = 16
@@ -84,7 +85,7 @@ def reference_gradient(
         num_groups: G.
         seed: of the choice of examples; independent of the draws'.
 
-    Cost: one full gradient, or m/N of one; memory (G, d).
+    Cost: one full gradient, or m/N of one, the groups shared by ranks that share the data; memory (G, d).
 
     Raises:
         ValueError: fewer than two examples a group, or examples that do not weigh the same.
@@ -95,14 +96,20 @@ def reference_gradient(
     size = num_examples // num_groups
     if size < 1:
         raise ValueError(f"num_gradient_examples must be at least {num_groups} (one a group), not {num_examples}")
+    objective.needs_all_data()
     if objective.model.loss.reduction != "mean" or not objective.has_equal_weights:
         raise ValueError(
             "an estimated full gradient needs a mean-reduced loss whose examples weigh the same; leave num_gradient_examples out"
         )
     order = streams.permutation(streams.philox("reference gradient", seed), total)[: num_groups * size]
     flat = objective.flat(weights)
-    groups = torch.zeros(num_groups, len(flat), device=flat.device, dtype=flat.dtype)
-    for group, members in zip(groups, torch.from_numpy(order.copy()).split(size), strict=True):
-        for part in members.split(objective.chunk):  # all weigh the same
-            group += objective.averaged_gradients(flat, part[None, None])[0] * (len(part) / size)
-    return ReferenceGradient(groups, size, total)
+    groups = Rows((num_groups, len(flat)), flat)
+    members = torch.from_numpy(order.copy()).split(size)
+    with objective.peers.agree():
+        for b in objective.peers.share(num_groups):
+            gradient = torch.zeros_like(flat)
+            for part in members[b].split(objective.chunk):  # all weigh the same
+                gradient += objective.averaged_gradients(flat, part[None, None])[0] * (len(part) / size)
+            groups.put(b, gradient[None])
+    groups.hand_round(objective.peers)
+    return ReferenceGradient(groups.tensor(), size, total)

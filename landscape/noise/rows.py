@@ -11,6 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from landscape.objective.peers import Peers
+
+HANDED = 64 << 20
+"""Bytes that a rank hands the others at once."""
+
 
 class Rows:
     """(m, d) numbers, written by rows.
@@ -68,6 +73,19 @@ class Rows:
             else:
                 offsets = [i * self._row_bytes + part.start * self.dtype.itemsize for i in range(len(self))]
                 yield part, torch.cat([self._read(at, 1, part.stop - part.start) for at in offsets])
+
+    def hand_round(self, peers: Peers) -> None:
+        """Give every rank all rows, where each has written those of its `Peers.share` of their number. Cost: (m, d) numbers received."""
+        if peers.size == 1:
+            return
+        at_once = max(1, HANDED // self._row_bytes)
+        for owner, own in enumerate(peers.shares(len(self))):
+            for start in range(own.start, own.stop, at_once):
+                part = slice(start, min(start + at_once, own.stop))
+                rows = self.get(part) if owner == peers.rank else torch.empty(part.stop - start, self.shape[1], device=self.device, dtype=self.dtype)  # fmt: skip
+                peers.hand_round(rows, owner)
+                if owner != peers.rank:
+                    self.put(start, rows)
 
     def tensor(self) -> Tensor:
         """All of them, (m, d), in memory."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from landscape.data.dataset import BatchList, IndexedData, MapData, TensorData, as_data, stream
+from landscape.data.dataset import BatchList, IndexedData, MapData, TensorData, as_data, name_bad_data, stream
 
 INPUTS = torch.arange(24, dtype=torch.float64).view(6, 2, 2)
 TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -79,6 +79,29 @@ def test_streaming_gives_every_example_once_in_order(chunk: int) -> None:
         assert torch.equal(torch.cat([x for x, _ in parts]), INPUTS)
         assert torch.equal(torch.cat([y for _, y in parts]), TARGETS)
         assert isinstance(data, BatchList) or max(len(y) for _, y in parts) <= chunk
+
+
+def test_consecutive_parts_make_the_whole_and_may_be_empty() -> None:
+    ready = [(INPUTS[:1], TARGETS[:1]), (INPUTS[1:4], TARGETS[1:4]), (INPUTS[4:], TARGETS[4:])]
+    for data, count in ((TensorData(INPUTS, TARGETS), 6), (MapData(Examples()), 6), (BatchList(ready), 3)):
+        parts = [x for part in (range(2), range(2, 2), range(2, count)) for x, _ in stream(data, 4, part)]
+        assert torch.equal(torch.cat(parts), INPUTS)
+
+
+def test_bad_data_are_numbered_among_all_whatever_part_is_looked_at() -> None:
+    bad = INPUTS.clone()
+    bad[3, 0, 1] = torch.inf
+    listed = BatchList([(bad[:2], TARGETS[:2]), (bad[2:], TARGETS[2:])])
+    whole = r"1 example\(s\) of batch 1 \(examples 2 to 3\), the first of them example 3$"
+    for data, part, said in (
+        (TensorData(bad, TARGETS), range(6), whole),
+        (TensorData(bad, TARGETS), range(3, 6), r"of batch 1 \(examples 3 to 3\), the first of them example 3$"),
+        (listed, range(1, 2), r"of batch 1 \(examples 2 to 5\), the first of them example 3$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            name_bad_data(data, 2, part)
+    name_bad_data(TensorData(bad, TARGETS), 2, range(3))
+    name_bad_data(listed, 2, range(1))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from landscape.checkpoints import Run
 from landscape.checkpoints.format import MEASUREMENTS_FILE
+from landscape.data.dataset import TensorData
 from landscape.experiments.checkpoint import MeasureConfig
 from landscape.experiments.measure import measure
 from landscape.experiments.measures import DEFAULT_MEASURES, MEASURES
@@ -175,8 +177,10 @@ def test_mistakes_are_explained(tiny_task: Task, tmp_path: Path) -> None:
 
 def test_the_length_of_smoothing_on_request(tiny_task: Task, tmp_path: Path) -> None:
     run = run_of(tiny_task, tmp_path / "run")
-    found = measure(run, ("smoothing-length",), [6, 12], task=tiny_task, settings=LIGHT, quiet=True)["smoothing-length"]
-    assert set(found["status"].values.ravel()) <= {"found", "already below", "not reached"}
+    steps = [0, 6, 12]  # nothing is smoothed at the first, so its curve has another length
+    found = measure(run, ("smoothing-length",), steps, task=tiny_task, settings=LIGHT, quiet=True)["smoothing-length"]
+    assert found["status"].sel(step=0, kernel="learners").item() == "no deviations"
+    assert set(found["status"].sel(step=[6, 12]).values.ravel()) <= {"found", "already below", "not reached"}
     assert float(found["target"].sel(step=6, kernel="learners")) == pytest.approx(2 / 0.3)
 
 
@@ -253,3 +257,27 @@ def test_noise_that_sums_to_zero_is_measured_as_it_is(tiny_task: Task, tmp_path:
         for run in runs
     ]
     assert 0 < strength[1] < 0.7 * strength[0]  # the same start and strength, without H times the mean noise
+
+
+def test_batch_statistics_are_those_at_the_averaged_weights(tmp_path: Path) -> None:
+    """theory.md sec. 1: one fixed function of w, its BatchNorm statistics measured at w_a; not those of the initial network."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorData(torch.randn(60, 6, generator=generator) + 2, torch.randint(0, 3, (60,), generator=generator), "n")
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+    task = Task("normed", "a network with BatchNorm", network, nn.functional.cross_entropy, lambda root: (data, data), 0.7, math.log(3))  # fmt: skip
+    config = TrainConfig("dpsgd", 0.3, num_learners=3, local_batch_size=20, num_steps=6, checkpoint_every=6, dtype="float64")  # fmt: skip
+    run = train(task, config, tmp_path / "run", quiet=True)
+    groups = measure(run, ["effective-learning-rate"], steps=[6], task=task, quiet=True)
+    net = network().double()
+    mean = run.learners(6).mean
+    nn.utils.vector_to_parameters(mean, net.parameters())
+    net.train()[1].momentum = 1.0  # type: ignore[union-attr,operator]
+    net(data.inputs.double())
+    net.eval()
+    loss = nn.functional.cross_entropy(net(data.inputs.double()), data.targets)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+    found = float(groups["effective-learning-rate"]["gradient_norm_squared"][0])
+    assert found == pytest.approx(float(gradient.square().sum()), rel=1e-6)
