@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal, Union
 
 import tyro
 
 from landscape.experiments.checkpoint import MeasureConfig
-from landscape.ranks import AgreedError, LostRankError, launched
-from landscape.training.algorithms import Algorithm, Order
-from landscape.training.config import TrainConfig
+from landscape.ranks import AgreedError, launched, started, tells
+from landscape.training.config import Algorithm, Order, TrainConfig
 from landscape.training.noise import NoiseDrift, NoisePlace, NoiseShape
 
 MeasureName = Literal[
@@ -25,6 +28,9 @@ MeasureName = Literal[
 VariantName = Literal["ssgd", "ssgd-star", "dpsgd", "dpsgd-atc", "dpsgd-cta"]
 
 DEBUG_VARIABLE = "LANDSCAPE_DEBUG"
+
+LINGER = 5.0
+"""Seconds that a process with nothing to tell waits for the one that has."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,18 @@ class Train:
         """Run it."""
         from landscape.experiments.train import train
 
-        run = train(
-            self.task,
-            TrainConfig(**asdict(self.config)),
-            self.out,
-            data_root=self.data_root,
-            resume=self.resume,
-            overwrite=self.overwrite,
-            quiet=self.quiet,
-            timeout=self.timeout,
-        )
+        with started(self.config.device, self.timeout) as ranks:
+            with ranks.agree():
+                config = TrainConfig(**asdict(self.config))
+            run = train(
+                self.task,
+                config,
+                self.out,
+                data_root=self.data_root,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                quiet=self.quiet,
+            )
         if not self.quiet and launched().leads:
             outcome = run.record["outcome"]
             detail = (
@@ -446,15 +454,25 @@ Command = Union[  # noqa: UP007 - tyro reads the annotations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="landscape",
-        description="Why a multi-GPU training run converged or blew up: noise, curvature and effective learning rate, held against theory.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    """Run the program; returns its exit status: 0, 2 for a user's mistake or a lost process, 130 after Ctrl-C, 143 after SIGTERM."""
     ranks = launched()
+    with contextlib.ExitStack() as silence:
+        if not ranks.leads:  # help, or what is wrong with the flags, is told once
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            command = tyro.cli(
+                Command,  # type: ignore[arg-type]
+                prog="landscape",
+                description="Why a multi-GPU training run converged or blew up: noise, curvature and effective learning rate, held against theory.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+        except SystemExit:
+            if not ranks.leads:
+                _linger()
+            raise
     try:
         if ranks.size > 1 and not isinstance(command, Train | Measure):
             raise AgreedError("only train and measure run on several processes; start this command without torchrun")
@@ -462,7 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("default")
             command.run()
     except KeyboardInterrupt as interrupt:
-        if ranks.leads:
+        if tells(interrupt):
             print(f"landscape: {interrupt or 'interrupted'}", file=sys.stderr)
         return getattr(interrupt, "status", 130)
     except BrokenPipeError:
@@ -470,7 +488,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        if ranks.leads or not isinstance(error, AgreedError | LostRankError):
+        if tells(error):
             print(f"landscape: error: {error}", file=sys.stderr)
+        else:
+            _linger()
         return 2
     return 0
+
+
+def _linger() -> None:
+    """Let the process that has something to tell do so: torchrun ends all of them as soon as one has ended, with SIGTERM."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGTERM, end)
+    with contextlib.suppress(TimeoutError):
+        time.sleep(LINGER)

@@ -6,16 +6,25 @@ what lies on the host). This is only what the program asks of them: who am I, wh
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import re
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -25,6 +34,8 @@ DEFAULT_TIMEOUT = 300.0
 
 class AgreedError(ValueError):
     """A mistake or failure that all ranks raise alike, so that one of them can tell it."""
+
+    alike = True
 
 
 class LostRankError(ConnectionError):
@@ -106,9 +117,19 @@ def launched() -> Ranks:
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def was_restarted() -> bool:
-    """Whether torchrun started these processes anew after one of them was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def launch() -> str | None:
+    """What the processes that one torchrun starts on a machine have in common, also with those that it starts anew; None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    logs = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parts[
+        :-3
+    ]  # LOGS/attempt/rank/error.json; LOGS is this launch's alone
+    return hashlib.sha256("\n".join([socket.gethostname(), str(os.getppid()), *logs]).encode()).hexdigest()[:16]
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process is the one to tell the user of an error: the first rank of what all raise alike, else who met it first."""
+    return launched().leads if getattr(error, "alike", False) else _TOLD not in getattr(error, "__notes__", [])
 
 
 def local_device(device: str) -> str:
@@ -121,7 +142,7 @@ def local_device(device: str) -> str:
 
 
 @contextmanager
-def started(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
+def started(device: str = "cpu", timeout: float | int = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
     """Within, the processes that torchrun launched can speak to each other; a process group that exists already is used and kept.
 
     Args:
@@ -135,27 +156,102 @@ def started(device: str = "cpu", timeout: float = DEFAULT_TIMEOUT) -> Iterator[R
         with telling_lost_ranks():
             yield current()
         return
-    here = launched()
-    cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(torch.device(local_device(device)))
+    if not 0 < timeout < math.inf:
+        raise AgreedError(f"timeout must be a positive number of seconds, not {timeout}")
+    store = _meet(device, timeout)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
-    except (RuntimeError, ValueError) as error:
+        with telling_lost_ranks():
+            with current().agree():
+                _take_gpu(device)
+            yield current()
+    except BaseException as error:
+        if not getattr(error, "alike", False) and not _is_first_to_fail(store):
+            error.add_note(_TOLD)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet(device: str, timeout: float | int) -> Any:
+    """Set up the process group; returns the part of the store, where its processes found each other, that no other group has used."""
+    here, limit, store = launched(), timedelta(seconds=timeout), None
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") and torch.cuda.is_available() else "gloo"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        own = PrefixStore(f"landscape/{_name_of_group(store, here, timeout)}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError, TimeoutError) as error:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         reason = _first_line(error)
         if "EADDRINUSE" in str(error) or "in use" in str(error):
             reason = "the port is in use by another program; give torchrun another --master-port"
-        elif "imed out" in str(error):
+        elif "imed out" in str(error) or "wait timeout" in str(error):
             reason = f"not all {here.size} processes came within {timeout:g} s; start as many as WORLD_SIZE says, on machines that reach each other"  # fmt: skip
-        raise ConnectionError(
-            f"rank {here.rank} of {here.size} could not meet the others at {where}: {reason}"
-        ) from error
-    try:
-        with telling_lost_ranks():
-            yield current()
-    finally:
-        dist.destroy_process_group()
+        failure = ConnectionError(f"rank {here.rank} of {here.size} could not meet the others at {where}: {reason}")
+        if store is not None and not (
+            _is_first_to_fail(store) if launch() else here.leads
+        ):  # rank 0 has the store then
+            failure.add_note(_TOLD)
+        raise failure from error
+    return own
+
+
+def _name_of_group(store: Any, here: Ranks, timeout: float | int) -> str:
+    """A name that all ranks know and no earlier group had.
+
+    torchrun's store outlives the processes that it starts anew, and addresses of the dead ones are still in it; nor do the machines agree
+    on how often they were started. So every rank asks rank 0 under a name of its own, until it has answered them all.
+
+    Raises:
+        TimeoutError: some rank did not ask in time; RuntimeError where rank 0 did not answer.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout
+    if not here.leads:
+        store.set(f"landscape/asks/{here.rank}", mine)
+        name = str(store.get(f"landscape/answer/{mine}").decode())
+        store.set(f"landscape/came/{name}/{here.rank}", "")
+        return name
+    missing = set(range(1, here.size))
+    while missing:
+        if time.monotonic() > end:
+            raise TimeoutError("timed out")
+        for rank in sorted(missing):
+            if store.check([f"landscape/asks/{rank}"]):  # which may be its predecessor's question
+                store.set(f"landscape/answer/{store.get(f'landscape/asks/{rank}').decode()}", mine)
+        missing -= {rank for rank in missing if store.check([f"landscape/came/{mine}/{rank}"])}
+        time.sleep(0.005)
+    return mine
+
+
+def _take_gpu(device: str) -> None:
+    """Make cuda mean this process's own GPU."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return
+    if device != "cuda":
+        raise ValueError(f"of several processes each takes a GPU of its own; give device cuda, not {device}")
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("LOCAL_RANK is not set, so no process knows its GPU; start them with torchrun")
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"torch sees {count} GPUs for more processes on this machine; start at most one a GPU")
+    torch.cuda.set_device(number)
+
+
+def _is_first_to_fail(store: Any) -> bool:
+    """Whether no other process has failed before; True where the store does not answer, since its host is lost then."""
+    found: list[int] = []
+
+    def count() -> None:
+        with suppress(RuntimeError):
+            found.append(store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1))
+
+    asking = threading.Thread(
+        target=count, daemon=True
+    )  # a host that hangs never answers, whatever the store's timeout
+    asking.start()
+    asking.join(_ANSWER_TIME)
+    return found in ([], [1])
 
 
 @contextmanager
@@ -168,11 +264,13 @@ def telling_lost_ranks() -> Iterator[None]:
         if current().size == 1 or not any(sign in text for sign in _SIGNS_OF_LOSS):
             raise
         raise LostRankError(
-            f"another process is gone or does not answer ({_first_line(error)}); restart with --resume from the last whole checkpoint"
+            f"another process is gone or does not answer ({_first_line(error)}); continue with --resume from the last whole checkpoint"
         ) from error
 
 
-_SIGNS_OF_LOSS = ("onnection closed by peer", "onnection reset by peer", "imed out", "roken pipe", "remote process exited", "NCCL error", "onnection refused")  # fmt: skip
+_SIGNS_OF_LOSS = ("onnection closed by peer", "onnection reset by peer", "imed out", "roken pipe", "remote process exited", "NCCL error", "onnection refused", "wait timeout")  # fmt: skip
+_TOLD = "another process failed before, and tells why"
+_ANSWER_TIME = 5.0
 
 
 def _first_line(error: BaseException) -> str:

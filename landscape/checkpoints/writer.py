@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,7 +55,8 @@ class RunWriter:
         """Write run.json, with changes to it."""
         self.record.update(changes)
         if self.ranks.leads:
-            write_atomically(self.path / RUN_FILE, seal(self.record))
+            with _told("the record of the run", self.path / RUN_FILE):
+                write_atomically(self.path / RUN_FILE, seal(self.record))
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop the lines of metrics.jsonl from a step on, and one cut short: what a run resumed at that step will log again."""
@@ -76,16 +77,18 @@ class RunWriter:
         """Add a line to metrics.jsonl; non-finite numbers become null."""
         if not self.ranks.leads:
             return
-        if self._metrics is None:
-            self._metrics = open(self.path / METRICS_FILE, "a")  # noqa: SIM115 - closed by close()
-        self._metrics.write(json.dumps(_finite(entry)) + "\n")
-        self._metrics.flush()
+        with _told(f"the metrics of step {entry['step']}", self.path / METRICS_FILE):
+            if self._metrics is None:
+                self._metrics = open(self.path / METRICS_FILE, "a")  # noqa: SIM115 - closed by close()
+            self._metrics.write(json.dumps(_finite(entry)) + "\n")
+            self._metrics.flush()
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
+        """Close metrics.jsonl; a line that could not be written has been told of."""
+        metrics, self._metrics = self._metrics, None
+        if metrics is not None:
+            with suppress(OSError):
+                metrics.close()
 
     def save_checkpoint(
         self,
@@ -106,7 +109,7 @@ class RunWriter:
             num_learners: how many there are in all; by default those held.
 
         Raises:
-            OSError: it could not be written, on this or, as an AgreedError, on another process; earlier ones are untouched.
+            OSError: it could not be written, on this or, as an AgreedError, on another process; earlier checkpoints are untouched.
         """
         ranks, final = self.ranks, self.path / CHECKPOINTS / step_name(state.step)
         held = range(len(state.params)) if held is None else held
@@ -116,7 +119,9 @@ class RunWriter:
             return final
         beside = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{number}")
         try:
-            with ranks.agree(), _told(final, state.step):
+            with ranks.agree(), _told(f"the checkpoint of step {state.step}", final):
+                if self._metrics is not None:
+                    os.fsync(self._metrics.fileno())  # no later than the checkpoint from which a resumed run adds lines
                 beside.mkdir(exist_ok=ranks.size > 1)
                 files = self._write_learners(beside, state, model, held, count)
                 sync_folder(beside)
@@ -131,7 +136,7 @@ class RunWriter:
                 **facts,
                 "files": {name: entry for some in ranks.collect(files) for name, entry in some.items()},
             }
-            with ranks.agree(), _told(final, state.step):
+            with ranks.agree(), _told(f"the checkpoint of step {state.step}", final):
                 if ranks.leads:
                     write_synced(beside / STATE_FILE, seal(record))
                     sync_folder(beside)
@@ -157,13 +162,13 @@ class RunWriter:
 
 
 @contextmanager
-def _told(final: Path, step: int) -> Iterator[None]:
-    """Within, an OSError says that it was a checkpoint that could not be written."""
+def _told(what: str, path: Path) -> Iterator[None]:
+    """Within, an OSError says what could not be written."""
     try:
         yield
     except OSError as error:
-        text = f"the checkpoint of step {step} could not be written ({error.strerror}); earlier ones are untouched"
-        raise OSError(error.errno, text, str(final)) from error
+        text = f"{what} could not be written ({error.strerror}); earlier checkpoints are untouched"
+        raise OSError(error.errno, text, str(path)) from error
 
 
 def _write_tensors(folder: Path, name: str, tensors: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:

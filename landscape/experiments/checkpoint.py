@@ -235,7 +235,9 @@ class Checkpoint:
         SSGD* takes them at w_a + isotropic noise of the learners' spread, or of its own sigma_0. "landscape" is xi_D of the run's own points.
         """
         found = {"ssgd": self.draws.mean_rows}
-        own = "ssgd-star" if self.config.algorithm == "ssgd-star" else "dpsgd"  # at the learners' points, whatever mixes them
+        own = (
+            "ssgd-star" if self.config.algorithm == "ssgd-star" else "dpsgd"
+        )  # at the learners' points, whatever mixes them
         if self.draws.point_rows is self.draws.mean_rows:  # all gradients are taken at w_a
             return found
         if own == "dpsgd":

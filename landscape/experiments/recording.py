@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from landscape.checkpoints import open_run
 from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import TensorData
+from landscape.functional import Buffers
 from landscape.ranks import current
 from landscape.tasks import Task
-from landscape.training.config import TrainConfig
-from landscape.training.evaluate import evaluate
+from landscape.training.config import GOSSIPING, TrainConfig
+from landscape.training.evaluate import evaluate, recalibrated
 from landscape.training.loop import Program
 from landscape.training.state import LearnerState
 
@@ -26,10 +28,11 @@ CONVERGENCE_WINDOW = 50
 def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bool) -> dict[str, Any]:
     """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread; the same on every process.
 
-    Each process evaluates w_a on its share of the examples, and its own learners on all held-out ones.
+    Each process evaluates w_a, with BatchNorm statistics measured there, on its share of the examples, and its own learners on all
+    held-out ones.
     """
     d, ranks = program.model.layout.num_parameters, current()
-    mean, buffers = program.averaged(state)
+    mean, buffers = averaged_for_evaluation(program, state)
     train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train, ranks=ranks)
     distance = float(program.consensus_distances(state)[0])
     entry: dict[str, Any] = {
@@ -50,6 +53,12 @@ def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bo
             "learner_test_accuracy": each_accuracy.tolist(),
         }
     return entry
+
+
+def averaged_for_evaluation(program: Program, state: LearnerState) -> tuple[Tensor, Buffers]:
+    """w_a of each replica (R, d), and its buffers with BatchNorm statistics measured at it."""
+    mean, buffers = program.averaged(state)
+    return mean, recalibrated(program.evaluation_model, mean, buffers, program.train, program.config.seed)
 
 
 def recent_losses(path: Path) -> list[float]:
@@ -98,7 +107,7 @@ def announce(task: Task, config: TrainConfig, record: dict[str, Any], resumed_at
     lines = [
         f"{task.name}: {config.algorithm}, {config.num_learners} learners x {config.local_batch_size}, alpha {config.learning_rate:g}"
     ]
-    if config.algorithm == "dpsgd":
+    if config.algorithm in GOSSIPING:
         damped = f", gamma {config.gamma:g}" if config.gamma_range != (1, 1) else ""
         varying = f" times {config.gamma_schedule}" if config.gamma_schedule != "constant" else ""
         lines.append(f"M: {graph['name']}, spectrum {spectrum}{more}; gap {graph['spectral_gap']:.3g}{damped}{varying}")

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from landscape.checkpoints import Run, open_run
-from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX
+from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX, digest
+from landscape.ranks import AgreedError, Ranks, launch
 from landscape.tasks import Task
 from landscape.training.config import TrainConfig
 from landscape.training.topology import Topology
 
 NOISE_FILE = "noise.safetensors"
 """The profile of SSGD*'s matched noise, in the directory of the run that uses it."""
+
+LAUNCH = "launch"
+"""Entry of run.json: by which torchrun the run was begun or resumed last."""
+
+VISIBLE_WITHIN = 30.0
+"""Seconds in which a network file system shows to all machines what one has written."""
 
 
 def claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -53,3 +63,41 @@ def check_same(run: Run, task: Task, config: TrainConfig, graph: Topology, finge
         changed.append("data: not the examples that the run was trained on (fingerprints differ)")
     if changed:
         raise ValueError(f"{run.path} cannot be resumed with another configuration ({'; '.join(changed)})")
+
+
+def launch_record(ranks: Ranks) -> dict[str, Any] | None:
+    """The torchruns of all machines, and the first process; None without torchrun. Every process must ask."""
+    told = ranks.collect((launch(), os.getpid()))
+    names = sorted({name for name, _ in told if name is not None})
+    return {"torchruns": names, "process": told[0][1]} if names else None
+
+
+def is_restarted(out: Path, launched: dict[str, Any] | None) -> bool:
+    """Whether the run in `out` was begun by the processes that torchrun has started anew, and so is theirs without being asked."""
+    if launched is None or not (out / RUN_FILE).exists():
+        return False
+    before = open_run(out).record.get(LAUNCH) or {"torchruns": (), "process": None}
+    return bool(set(before["torchruns"]) & set(launched["torchruns"])) and before["process"] != launched["process"]
+
+
+def check_alike(ranks: Ranks, **what: Any) -> None:
+    """Refuse processes that differ in something: they would wait for each other in vain, or train something else together."""
+    every = ranks.collect(what)
+    for name in what:
+        others = [rank for rank, each in enumerate(every) if each[name] != every[0][name]]
+        if others:
+            raise AgreedError(
+                f"rank {', '.join(map(str, others))} of {ranks.size} has another {name.replace('_', ' ')} than rank 0; "
+                "start all processes with the same flags, data and versions"
+            )
+
+
+def check_shared(out: Path, ranks: Ranks) -> None:
+    """Refuse a run directory that is not the same folder for all processes, after its record was written."""
+    wanted = ranks.collect(digest((out / RUN_FILE).read_bytes()) if ranks.leads else "")[0]
+    with ranks.agree():
+        end = time.monotonic() + VISIBLE_WITHIN
+        while not ((out / RUN_FILE).is_file() and digest((out / RUN_FILE).read_bytes()) == wanted):
+            if time.monotonic() > end:
+                raise ValueError(f"{out} is not the folder of that name that rank 0 writes to; put the run on a file system that all machines share")  # fmt: skip
+            time.sleep(0.1)

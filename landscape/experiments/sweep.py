@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from landscape.data.dataset import TensorData
 from landscape.experiments.interrupt import Interruptible
-from landscape.experiments.recording import CONVERGENCE_WINDOW
+from landscape.experiments.recording import CONVERGENCE_WINDOW, averaged_for_evaluation
 from landscape.experiments.train import outcome
 from landscape.experiments.variants import Variant as Variant
 from landscape.experiments.variants import calibrated_profile, replica_config, replica_key, variant_named
@@ -150,7 +150,7 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
             step = state.step
             regular = step % config.log_every == 0 or step == config.num_steps
             if regular or step > config.num_steps - CONVERGENCE_WINDOW:
-                mean, buffers = program.averaged(state)
+                mean, buffers = averaged_for_evaluation(program, state)
                 loss = evaluate(program.evaluation_model, mean, buffers, program.train)[0].cpu().numpy()
                 if step > config.num_steps - CONVERGENCE_WINDOW:
                     last.append(loss)
@@ -168,7 +168,7 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
             if interrupt.requested:
                 raise KeyboardInterrupt("stopped between two steps; finished parts are kept")
     finite = alive.cpu().numpy()
-    mean, buffers = program.averaged(state)
+    mean, buffers = averaged_for_evaluation(program, state)
     accuracy = (
         evaluate(program.evaluation_model, mean, buffers, test.to(program.device, program.dtype))[1].cpu().numpy()
     )

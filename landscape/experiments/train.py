@@ -17,17 +17,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from landscape.checkpoints import Learners, Run, open_run
-from landscape.checkpoints.format import METRICS_FILE, RUN_FILE, write_atomically
+from landscape.checkpoints import CheckpointError, Learners, Run, open_run
+from landscape.checkpoints.format import CHECKPOINTS, METRICS_FILE, digest, step_name, write_atomically
 from landscape.checkpoints.reader import restore_state
 from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import TensorData
 from landscape.experiments.interrupt import Interruptible
 from landscape.experiments.profiles import load_profile, profile_for, save_profile
 from landscape.experiments.recording import CONVERGENCE_WINDOW, announce, checkpoint, metrics, recent_losses
-from landscape.experiments.run_directory import NOISE_FILE, check_same, claim
+from landscape.experiments.run_directory import (
+    LAUNCH,
+    NOISE_FILE,
+    check_alike,
+    check_same,
+    check_shared,
+    claim,
+    is_restarted,
+    launch_record,
+)
 from landscape.provenance import provenance
-from landscape.ranks import DEFAULT_TIMEOUT, current, started, was_restarted
+from landscape.ranks import DEFAULT_TIMEOUT, current, started
 from landscape.tasks import Task, get_task
 from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.config import TrainConfig
@@ -74,7 +83,9 @@ def train(
     """Train, and record a run directory.
 
     Under torchrun, or in a process group that is set up already, the learners are spread over the processes, and every one of them makes
-    this call. When torchrun restarts them, the run goes on from its last whole checkpoint.
+    this call. When torchrun restarts them, the run goes on from its last whole checkpoint, which any number of processes can also do
+    later with `resume`. Processes on several machines need `out` on a file system that all of them share, as every one writes its own
+    learners there; data and code may lie anywhere, if they are the same.
 
     Args:
         task: a name (`landscape tasks`), "module:function", or a Task.
@@ -85,17 +96,19 @@ def train(
         resume: continue from the last checkpoint in `out`, with the same configuration; a complete run is returned as it is.
         overwrite: delete a run that is in `out`.
         quiet: no progress bar and no messages.
-        timeout: seconds that a process waits for the others before it gives up.
+        timeout: seconds that a process waits for the others before it gives up; more than any of them needs to load the data or to
+            write a checkpoint.
 
     Raises:
         ValueError: for anything wrong with the arguments, or a run in `out` and neither `resume` nor `overwrite`.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when a checkpoint has been written.
         ConnectionError: another process did not come, or was lost.
     """
-    task = get_task(task)
-    graph = make_topology(config.topology if topology is None else topology, config.num_learners)
-    out = Path(out or f"runs/{task.name}-{config.algorithm}-a{config.learning_rate:g}-s{config.seed}")
-    with started(config.device, timeout):
+    with started(config.device, timeout) as ranks:
+        with ranks.agree():
+            task = get_task(task)
+            graph = make_topology(config.topology if topology is None else topology, config.num_learners)
+        out = Path(out or f"runs/{task.name}-{config.algorithm}-a{config.learning_rate:g}-s{config.seed}")
         return record_run(
             task, config, graph, out, data_root=data_root, resume=resume, overwrite=overwrite, quiet=quiet, origin=None
         )
@@ -108,62 +121,83 @@ def record_run(
     """Train from the initial weights or from `origin`, and record it. See `train`, and `landscape.experiments.replay`."""
     ranks = current()
     quiet = quiet or not ranks.leads
+    check_alike(
+        ranks,
+        version_of_torch=torch.__version__,
+        task=task.name,
+        configuration=config.to_json(),
+        topology=digest(graph.matrices.tobytes()),
+    )
+    launched = launch_record(ranks)
     with ranks.agree():
         device = config.torch_device()
         _check_request(config, graph, out, resume=resume)
         communicator = (
             DistributedCommunicator(ranks, config.num_learners, ordered=config.reproducible) if ranks.size > 1 else None
         )
-        restarted = was_restarted() and (out / RUN_FILE).exists()  # by torchrun, with the flags of the first start
-        resuming = (
-            claim(out, resume=resume or restarted, overwrite=overwrite and not restarted) if ranks.leads else False
-        )
-    resuming = ranks.collect(resuming)[0]
-    run = None
+        found = None
+        if ranks.leads:
+            restarted = is_restarted(out, launched)
+            if claim(out, resume=resume or restarted, overwrite=overwrite and not restarted):
+                found = open_run(out)
+    run, steps = ranks.collect((found, found.steps if found else []))[
+        0
+    ]  # the first process's view of the directory is everybody's
     with ranks.agree():
         train_data, test_data = task.load_data(data_root)
         fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}
         if origin is not None and origin.fingerprint != fingerprint:
             raise ValueError("the data are not the examples that the run was trained on (fingerprints differ)")
-        if resuming:
-            run = open_run(out)
+        if run is not None:
             check_same(run, task, config, graph, fingerprint)
             if run.record.get("replayed") != (None if origin is None else origin.facts):
                 raise ValueError(
                     f"{out} holds a run that begins elsewhere; continue a replay by the call or command that began it"
                 )
+    check_alike(ranks, data=fingerprint)
     if run is not None and run.status in ("complete", "diverged"):
         if not quiet:
-            print(f"{out} is {run.status} ({run.steps[-1]} steps); nothing to do")
+            print(f"{out} is {run.status} ({steps[-1]} steps); nothing to do")
         return run
     with ranks.agree():
-        sigma0, profile = _matched_noise(task, config, out, origin, resuming=resuming, data_root=data_root)
+        sigma0, profile = _matched_noise(task, config, out, origin, resuming=run is not None, data_root=data_root)
         profiles = None if profile is None else [profile]
         program = Program(task, config, graph, train_data, sigma0=sigma0, profiles=profiles, communicator=communicator)
         held, state = program.communicator.held, program.initial_state()
-        if run is not None and run.steps:
-            state = restore_state(run.learners(run.steps[-1], held), state)
+    check_alike(ranks, initial_model=digest(state.params[0].cpu().numpy().tobytes()))
+    with ranks.agree():
+        if run is not None and steps:
+            state = restore_state(_last_learners(run, steps, held), state)
         elif origin is not None:
             state = restore_state(origin.learners.select(held), state)
     record = (
-        dict(run.record)
+        {name: entry for name, entry in run.record.items() if name != LAUNCH}
         if run is not None
         else _record(task, config, graph, train_data, test_data, fingerprint, program, origin)
     )
     writer = RunWriter(out, record)
-    writer.write_record(status="running", num_processes=ranks.size)
-    if origin is not None and ranks.leads and not open_run(out).steps:
+    writer.write_record(status="running", num_processes=ranks.size, **({} if launched is None else {LAUNCH: launched}))
+    check_shared(out, ranks)
+    if origin is not None and ranks.leads and not steps:
         write_atomically(out / METRICS_FILE, "".join(f"{line}\n" for line in origin.history).encode())
     writer.keep_metrics_until(state.step)
-    ranks.barrier()  # until the record can be read
+    ranks.barrier()  # until the metrics can be read
     if not quiet:
-        announce(task, config, writer.record, resumed_at=state.step if resuming else None)
+        announce(task, config, writer.record, resumed_at=None if run is None else state.step)
     try:
         _loop(program, state, test_data.to(device, config.torch_dtype), writer, quiet=quiet)
     finally:
         writer.close()
     ranks.barrier()  # until the record is written
     return open_run(out)
+
+
+def _last_learners(run: Run, steps: Sequence[int], held: range) -> Learners:
+    try:
+        return run.learners(steps[-1], held)
+    except CheckpointError as error:
+        before = f", and --resume goes on from step {steps[-2]}" if len(steps) > 1 else ""
+        raise CheckpointError(f"{error}; delete {run.path / CHECKPOINTS / step_name(steps[-1])}{before}") from error
 
 
 def _check_request(config: TrainConfig, graph: Topology, out: Path, *, resume: bool) -> None:
@@ -210,7 +244,6 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
     diagnostics = Diagnostics(program) if config.diagnose_every else None
     diagnosing = 0.0
     begun = time.perf_counter()
-    checkpoint(program, state, writer)
     bar = tqdm(
         total=config.num_steps,
         initial=state.step,
@@ -221,6 +254,7 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
         desc=config.algorithm,
     )
     with Interruptible() as interrupt, bar:
+        checkpoint(program, state, writer)
         while state.step < config.num_steps:
             step = state.step
             logged = step % config.log_every == 0 or step >= config.num_steps - CONVERGENCE_WINDOW

@@ -75,12 +75,10 @@ def recalibrated(
         data: the training data.
         seed: of the choice of examples, the same for all weight vectors and steps.
     """
-    trained = model.of(copy.deepcopy(model.module).eval())
-    norms = [
-        m for m in trained.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    if not norms:
+    if not _measured_norms(model.module):
         return buffers
+    trained = model.of(copy.deepcopy(model.module).eval())
+    norms = _measured_norms(trained.module)
     for norm in norms:
         norm.train()
     uniform = streams.uniform(streams.philox("recalibration", seed), RECALIBRATION_EXAMPLES)
@@ -95,3 +93,7 @@ def recalibrated(
                 trained.output(weights[r], mine, data.batch(part)[0])
             held.append(mine)
     return {name: torch.stack([b[name] for b in held]) if b.is_floating_point() else b for name, b in buffers.items()}
+
+
+def _measured_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

@@ -258,7 +258,7 @@ class Program:
             new = _keep(new, state, alive.repeat_interleave(self.num_held))
         gradient = None
         if keep_gradient and evaluation.mean_gradients is not None:
-            gradient = evaluation.mean_gradients[:: self.num_held]
+            gradient = evaluation.mean_gradients[:: self.num_held].clone()  # which may lie in a buffer of the backend's
         elif keep_gradient and evaluation.gradients is not None:
             gradient = self.communicator.means(evaluation.gradients)
         return new, StepRecord(told[:, 0] / c.num_learners, alive, bool(told[:, 2].any()), gradient)

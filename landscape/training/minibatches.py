@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from landscape import streams
 from landscape.data.dataset import TensorData
-from landscape.functional import Buffers, FunctionalModel, chunks
+from landscape.functional import LARGEST_STREAMED_TOGETHER, Buffers, FunctionalModel, ParameterLayout, chunks
 from landscape.training.algorithms import Evaluation
 from landscape.training.communicator import Take
 from landscape.training.config import TrainConfig
@@ -40,7 +41,9 @@ class Minibatches:
         self.model, self.data, self.config, self.seeds, self.held = model, data, config, seeds, held
         self.device = data.inputs.device
         # masks must hang on the learner alone, and not on which learners are batched with it
-        alone = not model.batched or any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.module.modules())
+        drops = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.module.modules())
+        large = self.device.type == "cpu" and model.layout.num_parameters > LARGEST_STREAMED_TOGETHER
+        alone = not model.batched or drops or (large and config.batching == "auto")
         at_once = EXAMPLES_PER_CHUNK.get(self.device.type, 8192) * config.accumulation // config.local_batch_size
         self._chunk = 1 if alone else max(1, at_once)
 
@@ -53,13 +56,23 @@ class Minibatches:
             indices: (L, B).
             take: see `FunctionalModel.streamed_gradients`.
         """
-        parts = [self._evaluate_chunk(points, state, indices, part, take) for part in chunks(len(points), self._chunk)]
+        kept = None
+        if (
+            take is None and self._chunk == 1
+        ):  # straight to their place, not by way of one tensor a parameter and one a learner
+            kept = torch.zeros_like(points)
+        parts = [
+            self._evaluate_chunk(points, state, indices, part, take if kept is None else into(kept[part.start], self.model.layout))
+            for part in chunks(len(points), self._chunk)
+        ]  # fmt: skip
+        if kept is not None and self.config.accumulation > 1:
+            kept.div_(self.config.accumulation)
         if len(parts) == 1:
-            return parts[0]
+            return parts[0] if kept is None else replace(parts[0], gradients=kept)
         gradients = [p.gradients for p in parts if p.gradients is not None]
         return Evaluation(
             torch.cat([p.losses for p in parts]),
-            torch.cat(gradients) if gradients else None,
+            torch.cat(gradients) if gradients else kept,
             {name: torch.cat([p.buffers[name] for p in parts]) for name in state.buffers},
         )
 
@@ -118,6 +131,20 @@ class Minibatches:
         for few in indices.chunk(self.config.accumulation, dim=1):
             inputs, targets = self.data.batch(few)
             yield (channels_last(inputs) if self.config.channels_last else inputs), targets
+
+
+def into(row: Float[Tensor, " d"], layout: ParameterLayout) -> Take:
+    """What puts streamed gradients of one learner into a flat vector of zeros; those that come again are added."""
+    places, filled = layout.split(row), set[str]()
+
+    def take(name: str, gradients: Tensor) -> None:
+        if name in filled:
+            places[name].add_(gradients[0])
+        else:
+            places[name].copy_(gradients[0])
+        filled.add(name)
+
+    return take
 
 
 def stacks_well(module: nn.Module) -> bool:

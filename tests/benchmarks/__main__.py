@@ -1,9 +1,18 @@
 """Run every benchmark."""
 
-from tests.benchmarks import bench_curvature, bench_gram, bench_noise, bench_stacked_step
+from tests.benchmarks import (
+    bench_curvature,
+    bench_distributed,
+    bench_distributed_measure,
+    bench_gram,
+    bench_noise,
+    bench_stacked_step,
+)
 
 if __name__ == "__main__":
     bench_stacked_step.main()
     bench_curvature.main([])
     bench_gram.main([])
     bench_noise.main()
+    bench_distributed.main([])
+    bench_distributed_measure.main([])

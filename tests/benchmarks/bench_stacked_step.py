@@ -33,9 +33,17 @@ def measure(algorithm: str, num_learners: int, batch_size: int, device: str) -> 
     """One row of the table."""
     task = get_task("mnist-mlp")
     train, _ = task.load_data(None)
-    config = TrainConfig(algorithm, 0.1, num_learners=num_learners, local_batch_size=batch_size, device=device)  # type: ignore[arg-type]
-    program = Program(task, config, topology("ring", num_learners), train)
-    alone = Program(task, config, topology("ring", num_learners), train, batched=False)
+    program, alone = (
+        Program(
+            task,
+            TrainConfig(
+                algorithm, 0.1, num_learners=num_learners, local_batch_size=batch_size, device=device, batching=batching
+            ),  # type: ignore[arg-type]
+            topology("ring", num_learners),
+            train,
+        )
+        for batching in ("stacked", "interleaved")
+    )
     state, alive = program.initial_state(), torch.ones(1, dtype=torch.bool, device=program.device)
     sampler = IndexSampler([0], 1, num_learners * batch_size, len(train))
     step = [0]

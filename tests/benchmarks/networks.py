@@ -1,4 +1,4 @@
-"""Networks and data of the curvature benchmarks."""
+"""Networks and data of the benchmarks."""
 
 from __future__ import annotations
 
@@ -58,3 +58,12 @@ def images(count: int) -> tuple[Tensor, Tensor, str]:
         return ((pixels - mean) / std).contiguous(), torch.tensor(data.targets[:count]), "CIFAR-10"
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, 3, 32, 32, generator=generator), torch.randint(10, (count,), generator=generator), "noise"
+
+
+def small_cnn() -> nn.Module:
+    """Two convolutions and a linear layer for 28 x 28 images; 20,490 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
+    )  # fmt: skip
