@@ -30,6 +30,7 @@ from landscape.losses import ExampleLoss, LossFunction, as_example_loss
 Buffers = dict[str, Tensor]
 """BatchNorm statistics and the like, {name: (L, ...)}."""
 
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 LARGEST_STREAMED_TOGETHER = 1 << 20
 """Parameters of a network up to which a CPU takes several weight vectors' streamed gradients as one batch; above, the batched products of
 the backward pass cost more than what batching saves (2.7 times as much at 5.8 million parameters and 32 examples, 1.4 at 256)."""
@@ -224,17 +225,21 @@ class FunctionalModel:
         inputs: Any,
         targets: Any,
         take: Callable[[str, Tensor], None],
+        norms: Float[Tensor, " L"] | None = None,
     ) -> tuple[Tensor, Buffers]:
         """As `minibatch_gradients`, but each parameter's gradients (l, *shape) go to `take` while the backward pass goes on.
 
         `take` is called in the order of the backward pass, once a parameter for all weight vectors together (l = L) or for each of them
-        (l = 1, also where the network is large). A parameter that the loss does not depend on is left out.
+        (l = 1, also where the network is large). A parameter that the loss does not depend on is left out. `norms` divide the summed
+        contributions instead of the minibatches' own weights, for minibatches that are parts of larger ones.
         """
 
         def loss(parameters: dict[str, Tensor], b: Buffers, x: Any, y: Any) -> tuple[Tensor, Buffers]:
             fresh = clone_buffers(b)
             contributions, example_weights = self.parted(self.forward(parameters, fresh, x), y)
             total = contributions.sum()
+            if norms is not None:
+                return total, fresh
             return (total / example_weights.sum() if self.loss.reduction == "mean" else total), fresh
 
         losses, updated = [], []
@@ -251,8 +256,9 @@ class FunctionalModel:
             )
             for name, leaf in leaves.items():
                 leaf.register_post_accumulate_grad_hook(_handing_over(name, take, several=several))
+            found = found.reshape(-1) if norms is None else found.reshape(-1) / norms[part]
             found.sum().backward(inputs=list(leaves.values()))
-            losses.append(found.detach().reshape(-1))
+            losses.append(found.detach())
             updated.append({name: b.detach() if several else b.detach()[None] for name, b in fresh.items()})
         return torch.cat(losses), {name: torch.cat([b[name] for b in updated]) for name in buffers}
 
@@ -372,6 +378,11 @@ def _handing_over(name: str, take: Callable[[str, Tensor], None], *, several: bo
 
 def _axes(shared: bool) -> tuple[int | None, int | None]:
     return (0, None) if shared else (0, 0)
+
+
+def measured_norms(module: nn.Module) -> list[Any]:
+    """BatchNorm layers that keep running statistics."""
+    return [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
 
 
 def clone_buffers(buffers: Buffers) -> Buffers:

@@ -117,6 +117,12 @@ def launched() -> Ranks:
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
+def refuse_several(what: str) -> None:
+    """Refuse work that is for one process: several would do it all at once, in the same place."""
+    if max(current().size, launched().size) > 1:
+        raise AgreedError(f"{what} runs in one process; start it without torchrun")
+
+
 def launch() -> str | None:
     """What the processes that one torchrun starts on a machine have in common, also with those that it starts anew; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -54,7 +54,8 @@ class Interruptible:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and launched().size > 1:
-            self.requested, self._ended = True, time.monotonic()
+            self.requested, self._at = True, time.monotonic()
+            self._ended = self._at
         else:
             self._restore()
 

@@ -58,7 +58,7 @@ def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bo
 def averaged_for_evaluation(program: Program, state: LearnerState) -> tuple[Tensor, Buffers]:
     """w_a of each replica (R, d), and its buffers with BatchNorm statistics measured at it."""
     mean, buffers = program.averaged(state)
-    return mean, recalibrated(program.evaluation_model, mean, buffers, program.train, program.config.seed)
+    return mean, recalibrated(program.evaluation_model, mean, buffers, program.train, program.seeds)
 
 
 def recent_losses(path: Path) -> list[float]:

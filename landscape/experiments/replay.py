@@ -19,6 +19,7 @@ from landscape.checkpoints import Learners, Run, open_run
 from landscape.checkpoints.format import METRICS_FILE
 from landscape.experiments.profiles import stored_profile
 from landscape.experiments.train import Origin, record_run
+from landscape.ranks import refuse_several
 from landscape.tasks import Task, get_task
 from landscape.training.config import FAULT_FIELDS, GOSSIPING, RULE_FIELDS, Algorithm, Order, TrainConfig
 from landscape.training.noise import NoiseDrift, NoisePlace, NoiseShape
@@ -90,6 +91,7 @@ def replay(
     Raises:
         ValueError: for a step without a checkpoint, weights that are not finite, a topology of another size, or nothing left to do.
     """
+    refuse_several("a replay")
     run = open_run(run) if isinstance(run, str | Path) else run
     out = Path(out)
     if out.resolve() == run.path.resolve():

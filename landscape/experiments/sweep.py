@@ -20,6 +20,7 @@ from landscape.experiments.recording import CONVERGENCE_WINDOW, averaged_for_eva
 from landscape.experiments.train import outcome
 from landscape.experiments.variants import Variant as Variant
 from landscape.experiments.variants import calibrated_profile, replica_config, replica_key, variant_named
+from landscape.ranks import refuse_several
 from landscape.results import load_dataset, save_dataset, stamp
 from landscape.tasks import Task, get_task
 from landscape.training.config import TrainConfig
@@ -60,6 +61,7 @@ def stability_map(
         (variant, learning_rate, seed[, step]): train_loss of w_a and sigma_w along training, median_last_loss over the last
         50 steps, outcome, diverged_at (-1 if finite), test_accuracy of the final w_a.
     """
+    refuse_several("a stability map")
     if any(v.sigma0 == "matched" for v in variants) and Variant("dpsgd") not in variants:
         raise ValueError("matched SSGD* noise needs DPSGD (AWC) in the same map")
     if any(v.sigma0 == "calibrated" and v.noise_every < 1 for v in variants):

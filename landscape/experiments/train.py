@@ -125,7 +125,7 @@ def record_run(
         ranks,
         version_of_torch=torch.__version__,
         task=task.name,
-        configuration=config.to_json(),
+        configuration={k: v for k, v in config.to_json().items() if k != "device"},
         topology=digest(graph.matrices.tobytes()),
     )
     launched = launch_record(ranks)
@@ -159,8 +159,8 @@ def record_run(
         if not quiet:
             print(f"{out} is {run.status} ({steps[-1]} steps); nothing to do")
         return run
+    sigma0, profile = _matched_noise(task, config, out, origin, resuming=run is not None, data_root=data_root)
     with ranks.agree():
-        sigma0, profile = _matched_noise(task, config, out, origin, resuming=run is not None, data_root=data_root)
         profiles = None if profile is None else [profile]
         program = Program(task, config, graph, train_data, sigma0=sigma0, profiles=profiles, communicator=communicator)
         held, state = program.communicator.held, program.initial_state()
@@ -335,15 +335,19 @@ def _matched_noise(
     if not isinstance(config.sigma0, str):
         return None, None
     if not config.is_calibrated:
-        return matched_sigma0(config.sigma0, config.num_steps + 1), None  # the last for the checkpoint at the end
+        with current().agree():
+            return matched_sigma0(config.sigma0, config.num_steps + 1), None  # the last for the checkpoint at the end
     if resuming:
+        with current().agree():
+            return None, load_profile(out / NOISE_FILE)
+    inherited, ranks = None if origin is None else origin.profile, current()
+    with ranks.agree():
+        if ranks.leads:  # one calibrates: the noise must be alike on all, to the bit
+            profile = profile_for(config, task=task, data_root=data_root) if inherited is None else inherited
+            out.mkdir(parents=True, exist_ok=True)
+            save_profile(profile, out / NOISE_FILE)
+    with ranks.agree():
         return None, load_profile(out / NOISE_FILE)
-    inherited = None if origin is None else origin.profile
-    profile = profile_for(config, task=task, data_root=data_root) if inherited is None else inherited
-    if current().leads:
-        out.mkdir(parents=True, exist_ok=True)
-        save_profile(profile, out / NOISE_FILE)
-    return None, profile
 
 
 def matched_sigma0(run_path: str, num_steps: int) -> np.ndarray:

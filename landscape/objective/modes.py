@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from landscape.data.dataset import num_examples
-from landscape.functional import Buffers, FunctionalModel
+from landscape.functional import BATCH_NORMS, Buffers, FunctionalModel, measured_norms
 from landscape.objective.peers import Peers
 
 BatchNormPolicy = Literal["running", "ghost"]
 
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 DROPOUTS = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -43,11 +42,6 @@ def free(module: nn.Module, parameters: str | Sequence[str]) -> None:
     chosen = {name for found in fitting.values() for name in found}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in chosen)
-
-
-def measured_norms(module: nn.Module) -> list[Any]:
-    """BatchNorm layers that keep running statistics."""
-    return [m for m in module.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
 
 
 def measured_statistics(

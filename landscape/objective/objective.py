@@ -17,9 +17,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from landscape.data.dataset import stream
-from landscape.functional import chunks
+from landscape.functional import chunks, measured_norms
 from landscape.linearisation import Linearised, OutputCurvature, gauss_newton_map, hessian_map, second_moment_map
-from landscape.objective.modes import free, measured_norms, measured_statistics
+from landscape.objective.modes import free, measured_statistics
 from landscape.objective.peers import own_part
 from landscape.objective.setting import Setting, Weights
 

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map
 from landscape import streams
 from landscape.autodiff import graph_bytes, unwrap
 from landscape.data.dataset import BatchList, MapData, Split, as_data, name_bad_data, num_examples, stream, tensors_in
-from landscape.functional import Buffers, FunctionalModel, clone_buffers
+from landscape.functional import BATCH_NORMS, Buffers, FunctionalModel, clone_buffers
 from landscape.losses import ExampleLoss, LossFunction, as_example_loss
-from landscape.objective.modes import BATCH_NORMS, BatchNormPolicy, free, set_modes
+from landscape.objective.modes import BatchNormPolicy, free, set_modes
 from landscape.objective.peers import Peers, counted, own_part
 
 Weights = Tensor | Mapping[str, Tensor]

@@ -63,7 +63,7 @@ class Evaluation:
         losses: (L,) minibatch losses.
         gradients: (L, d), or None where they were given away as they were found.
         buffers: of the network, after its forward passes.
-        mean_gradients: (L, d), their average over the learners, where the rule took it.
+        mean_gradients: (L, d), their average over the learners with what noise was added to it, where the rule took it.
     """
 
     losses: Tensor

@@ -68,7 +68,7 @@ class Communicator(Protocol):
         """Begin to fetch the rows k with M_jk not zero of every learner j held here. `tensor` must not change meanwhile."""
 
     def start_mean(self, layout: ParameterLayout, contributions: int) -> Averaging:
-        """Begin (1/n) sum_k g_k, g_k the mean of so many gradients a learner; the average holds until the next one begins."""
+        """Begin (1/n) sum_k g_k, g_k the sum of so many gradients a learner; the average holds until the next one begins."""
 
     def means(self, tensor: Tensor) -> Tensor:
         """(1/n) sum_k tensor_k of each replica, (R, ...)."""

@@ -113,8 +113,8 @@ class TrainConfig:
     batching: Literal["auto", "stacked", "interleaved"] = "auto"
     """The learners of one process: as one batched program (stacked), or one after another (interleaved); auto interleaves convolutions."""
     reproducible: bool = False
-    """Take learners one after another and add in their order, so that on a CPU results do not depend on the number of processes, to the
-    bit (with as many threads each); slower, and SSGD's gradients are then gathered, not reduced."""
+    """Take learners one after another and add in their order, so that on a CPU weights and checkpoints do not depend on the number of
+    processes, to the bit (with as many threads each); slower, and SSGD's gradients are then gathered, not reduced."""
     diagnose_every: int = 0
     """Steps between online diagnostics (alpha_e, noise scale) in metrics.jsonl, a further minibatch gradient each; 0: none."""
     checkpoint_every: int = 50

@@ -40,7 +40,7 @@ class Diagnostics:
         program = self.program
         mean = spread(program.communicator.means(state.params), program.num_held)
         indices = self.sampler.indices(state.step).to(program.device)
-        gradients = program.evaluate(mean.contiguous(), state, indices).gradients
+        gradients = program.evaluate(mean.contiguous(), state, indices, masks="diagnostics dropout").gradients
         assert gradients is not None
         average = program.communicator.means(gradients)[0]
         own = torch.stack([gradients @ step_gradient, gradients @ average, gradients.square().sum(1)], dim=1).double()

@@ -237,7 +237,7 @@ class _BucketedMean:
     def __init__(self, communicator: DistributedCommunicator, layout: ParameterLayout, contributions: int) -> None:
         self.communicator, self.layout = communicator, layout
         self.count = contributions * len(communicator.held)
-        self.divisor = contributions * communicator.num_learners
+        self.divisor = communicator.num_learners
         ends = torch.tensor(layout.sizes).cumsum(0).tolist()
         self.parts = {n: slice(end - size, end) for n, size, end in zip(layout.names, layout.sizes, ends, strict=True)}
         self.sums: Tensor | None = None

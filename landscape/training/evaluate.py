@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from landscape import streams
 from landscape.data.dataset import TensorData
-from landscape.functional import Buffers, FunctionalModel, chunks
+from landscape.functional import Buffers, FunctionalModel, chunks, measured_norms
 from landscape.ranks import Ranks
 
 
@@ -62,30 +63,31 @@ RECALIBRATION_EXAMPLES, RECALIBRATION_BATCH = 2048, 256
 
 
 def recalibrated(
-    model: FunctionalModel, weights: Float[Tensor, "R d"], buffers: Buffers, data: TensorData, seed: int
+    model: FunctionalModel, weights: Float[Tensor, "R d"], buffers: Buffers, data: TensorData, seeds: Sequence[int]
 ) -> Buffers:
     """Buffers with BatchNorm's running statistics measured anew at `weights`: the average over batches of 2,048 training examples.
 
-    An average of learners has no statistics of its own, and the average of theirs is not its own (theory.md sec. 1).
+    An average of learners has no statistics of its own, and the average of theirs is not its own (theory.md sec. 1). This is for losses
+    that are logged; `Objective.recalibrated`, which measures use, takes all the examples.
 
     Args:
         model: in any mode; dropout is off.
         weights: R weight vectors.
         buffers: {name: (R, ...)}; what is no statistic stays.
         data: the training data.
-        seed: of the choice of examples, the same for all weight vectors and steps.
+        seeds: of the choice of examples, one a weight vector, the same at every step.
     """
-    if not _measured_norms(model.module):
+    if not measured_norms(model.module):
         return buffers
     trained = model.of(copy.deepcopy(model.module).eval())
-    norms = _measured_norms(trained.module)
+    norms = measured_norms(trained.module)
     for norm in norms:
         norm.train()
-    uniform = streams.uniform(streams.philox("recalibration", seed), RECALIBRATION_EXAMPLES)
-    indices = torch.from_numpy((uniform * len(data)).astype("int64")).to(weights.device)
     held = []
     with torch.no_grad():
-        for r in range(len(weights)):
+        for r, seed in enumerate(seeds):
+            uniform = streams.uniform(streams.philox("recalibration", seed), RECALIBRATION_EXAMPLES)
+            indices = torch.from_numpy((uniform * len(data)).astype("int64")).to(weights.device)
             mine = {name: b[r].clone() for name, b in buffers.items()}
             for k, part in enumerate(indices.split(RECALIBRATION_BATCH)):
                 for norm in norms:
@@ -93,7 +95,3 @@ def recalibrated(
                 trained.output(weights[r], mine, data.batch(part)[0])
             held.append(mine)
     return {name: torch.stack([b[name] for b in held]) if b.is_floating_point() else b for name, b in buffers.items()}
-
-
-def _measured_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]

@@ -186,7 +186,7 @@ class Program:
                     zeta[i].normal_(0.0, float(levels[r]), generator=generator)
         if not self.config.noise_zero_sum:
             return zeta
-        return math.sqrt(n / (n - 1)) * (zeta - spread(self.communicator.means(zeta), self.num_held))  # as sum_to_zero
+        return zero_sum(zeta, spread(self.communicator.means(zeta), self.num_held), n)
 
     def gradient_noise(self, step: int) -> Tensor | None:
         """SSGD*'s xi (L, d) of the step, alike for the learners of a replica, or None where there is none."""
@@ -271,10 +271,10 @@ class Program:
         return FaultyCommunicator(self.communicator, c.num_faulty, c.fault, c.fault_scale, self.seeds, step)
 
     def evaluate(
-        self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor, take: Take | None = None
-    ) -> Evaluation:
+        self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor, take: Take | None = None, *, masks: str = "dropout"
+    ) -> Evaluation:  # fmt: skip
         """Minibatch losses, gradients and new buffers at points; see `Minibatches`."""
-        return self.minibatches.evaluate(points, state, indices, take)
+        return self.minibatches.evaluate(points, state, indices, take, masks=masks)
 
     def averaged(self, state: LearnerState) -> tuple[Tensor, Buffers]:
         """w_a of each replica (R, d) and its buffers: floating-point ones averaged, counters the first learner's; the same on every process."""
@@ -293,13 +293,17 @@ class Program:
 
 
 def sum_to_zero(noise: Tensor, num_learners: int) -> Tensor:
-    """Independent noises (L, d) of equal covariance less their mean over each replica's learners, times sqrt(n/(n - 1)).
+    """`zero_sum` of noises (L, d) of all learners of some replicas."""
+    by_replica = noise.unflatten(0, (-1, num_learners))
+    return zero_sum(by_replica, by_replica.mean(1, keepdim=True), num_learners).flatten(0, 1)
+
+
+def zero_sum(noise: Tensor, mean: Tensor, num_learners: int) -> Tensor:
+    """Independent noises of equal covariance less their mean over the learners, times sqrt(n/(n - 1)).
 
     Each keeps its covariance, and any two are correlated by -1/(n - 1), as deviations from a common mean are.
     """
-    by_replica = noise.unflatten(0, (-1, num_learners))
-    scale = math.sqrt(num_learners / (num_learners - 1))
-    return (scale * (by_replica - by_replica.mean(1, keepdim=True))).flatten(0, 1)
+    return math.sqrt(num_learners / (num_learners - 1)) * (noise - mean)
 
 
 def _keep(new: LearnerState, old: LearnerState, alive: Tensor) -> LearnerState:

@@ -14,7 +14,14 @@ from torch.utils._pytree import tree_map
 
 from landscape import streams
 from landscape.data.dataset import TensorData
-from landscape.functional import LARGEST_STREAMED_TOGETHER, Buffers, FunctionalModel, ParameterLayout, chunks
+from landscape.functional import (
+    LARGEST_STREAMED_TOGETHER,
+    Buffers,
+    FunctionalModel,
+    ParameterLayout,
+    chunks,
+    clone_buffers,
+)
 from landscape.training.algorithms import Evaluation
 from landscape.training.communicator import Take
 from landscape.training.config import TrainConfig
@@ -40,21 +47,26 @@ class Minibatches:
     ) -> None:
         self.model, self.data, self.config, self.seeds, self.held = model, data, config, seeds, held
         self.device = data.inputs.device
-        # masks must hang on the learner alone, and not on which learners are batched with it
-        drops = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.module.modules())
+        random = draws_random_numbers(
+            model, data
+        )  # as dropout does; masks must hang on the learner alone, not on which are batched with it
         large = self.device.type == "cpu" and model.layout.num_parameters > LARGEST_STREAMED_TOGETHER
-        alone = not model.batched or drops or (large and config.batching == "auto")
+        alone = not model.batched or random or (large and config.batching == "auto")
         at_once = EXAMPLES_PER_CHUNK.get(self.device.type, 8192) * config.accumulation // config.local_batch_size
         self._chunk = 1 if alone else max(1, at_once)
 
-    def evaluate(self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor, take: Take | None = None) -> Evaluation:  # fmt: skip
+    def evaluate(self, points: Float[Tensor, "L d"], state: LearnerState, indices: Tensor, take: Take | None = None, *, masks: str = "dropout") -> Evaluation:  # fmt: skip
         """Losses, gradients and new buffers at points; gradients go to `take` if there is one.
+
+        A minibatch taken in parts has the same loss, the parts' contributions over the whole minibatch's weight; only batch statistics
+        are those of the parts.
 
         Args:
             points: one a learner held here.
             state: whose buffers and step count.
             indices: (L, B).
             take: see `FunctionalModel.streamed_gradients`.
+            masks: names the stream of dropout masks; what is independent of the step draws from another.
         """
         kept = None
         if (
@@ -62,11 +74,9 @@ class Minibatches:
         ):  # straight to their place, not by way of one tensor a parameter and one a learner
             kept = torch.zeros_like(points)
         parts = [
-            self._evaluate_chunk(points, state, indices, part, take if kept is None else into(kept[part.start], self.model.layout))
+            self._evaluate_chunk(points, state, indices, part, take if kept is None else into(kept[part.start], self.model.layout), masks)
             for part in chunks(len(points), self._chunk)
         ]  # fmt: skip
-        if kept is not None and self.config.accumulation > 1:
-            kept.div_(self.config.accumulation)
         if len(parts) == 1:
             return parts[0] if kept is None else replace(parts[0], gradients=kept)
         gradients = [p.gradients for p in parts if p.gradients is not None]
@@ -90,39 +100,48 @@ class Minibatches:
         ]
         return torch.cat(found)
 
-    def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice, take: Take | None) -> Evaluation:  # fmt: skip
+    def _evaluate_chunk(self, points: Tensor, state: LearnerState, indices: Tensor, part: slice, take: Take | None, masks: str) -> Evaluation:  # fmt: skip
         buffers: Buffers = {name: b[part] for name, b in state.buffers.items()}
         losses, gradients = torch.zeros((), device=self.device), None
-        with self._set_up(part.start, state.step):
+        norms = self._norms(indices[part]) if self.config.accumulation > 1 else None
+        with self._set_up(part.start, state.step, masks):
             for inputs, targets in self._parts(indices[part]):
-                if take is None:
-                    found, more, buffers = self.model.minibatch_gradients(points[part], buffers, inputs, targets)
-                    gradients = more if gradients is None else gradients.add_(more)
+                if take is not None:
+                    found, buffers = self.model.streamed_gradients(points[part], buffers, inputs, targets, take, norms)
+                elif norms is None:
+                    found, gradients, buffers = self.model.minibatch_gradients(points[part], buffers, inputs, targets)
                 else:
-                    found, buffers = self.model.streamed_gradients(points[part], buffers, inputs, targets, take)
+                    found, _, more, buffers = self.model.summed_gradients(points[part], buffers, inputs, targets)
+                    found, more = found / norms, more / norms[:, None]
+                    gradients = more if gradients is None else gradients.add_(more)
                 losses = losses + found
-        if gradients is not None and self.config.accumulation > 1:
-            gradients.div_(self.config.accumulation)
-        return Evaluation(losses / self.config.accumulation, gradients, buffers)
+        return Evaluation(losses, gradients, buffers)
 
     def _losses_chunk(self, points: Tensor, row: int, state: LearnerState, indices: Tensor) -> Tensor:
         buffers = {name: b[row].expand(len(points), *b.shape[1:]) for name, b in state.buffers.items()}
         losses = torch.zeros(len(points), dtype=points.dtype, device=self.device)
-        with self._set_up(row, state.step):
+        with self._set_up(row, state.step, "dropout"):
             for batch in self._parts(indices[None]):
                 inputs, targets = tree_map(lambda t: t[0], batch)
-                contributions, weights = self.model.losses(points, buffers, inputs, targets, shared=True)
-                found = contributions.sum(1)
-                losses += found / weights.sum(1) if self.model.loss.reduction == "mean" else found
-        return losses / self.config.accumulation
+                losses += self.model.losses(points, buffers, inputs, targets, shared=True)[0].sum(1)
+        return losses / self._norms(indices[None])
+
+    def _norms(self, indices: Tensor) -> Tensor:
+        """Summed example weights (l,) of minibatches (l, B), or ones for a sum-reduced loss."""
+        if self.model.loss.reduction != "mean":
+            return torch.ones(len(indices), device=self.device)
+        targets = self.data.batch(indices)[1]
+        return torch.stack([self.model.loss.weights(y).sum() for y in targets]).to(self.data.inputs.dtype)
 
     @contextmanager
-    def _set_up(self, row: int, step: int) -> Iterator[None]:
-        """Within, dropout draws the masks of the learner in a row, and autocast is as configured."""
+    def _set_up(self, row: int, step: int, masks: str) -> Iterator[None]:
+        """Within, dropout draws the masks of the learner in a row, and autocast is as configured, keeping no casts from part to part."""
         replica, learner = divmod(row, len(self.held))
         with (
-            streams.seeded("dropout", self.seeds[replica], self.held[learner], step, device=self.device),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16"),
+            streams.seeded(masks, self.seeds[replica], self.held[learner], step, device=self.device),
+            torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16", cache_enabled=False
+            ),
         ):
             yield
 
@@ -145,6 +164,21 @@ def into(row: Float[Tensor, " d"], layout: ParameterLayout) -> Take:
         filled.add(name)
 
     return take
+
+
+def draws_random_numbers(model: FunctionalModel, data: TensorData) -> bool:
+    """Whether the network's forward pass draws from torch's random state, by a layer or by a function."""
+    device = data.inputs.device
+
+    def state() -> Tensor:
+        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+    weights, buffers = model.initial_weights()
+    inputs, _ = data.batch(torch.tensor([0, len(data) - 1], device=device))
+    with streams.seeded("probe", 0, device=device), torch.no_grad():
+        before = state()
+        model.output(weights, clone_buffers(buffers), inputs)
+        return not torch.equal(before, state())
 
 
 def stacks_well(module: nn.Module) -> bool:

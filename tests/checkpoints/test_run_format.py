@@ -324,7 +324,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_and_nothing
     assert size < largest
     with (
         largest_file(size),
-        pytest.raises(OSError, match=r"checkpoint of step 10 could not be written \(.*\); earlier checkpoints are untouched"),
+        pytest.raises(
+            OSError, match=r"checkpoint of step 10 could not be written \(.*\); earlier checkpoints are untouched"
+        ),
     ):
         writer.save_checkpoint(make_state(model, 10), model, FACTS)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from landscape.training.config import TrainConfig
 from landscape.training.diagnostics import Diagnostics, diagnose
@@ -97,3 +99,32 @@ def test_a_run_tells_its_effective_learning_rate_within_its_errors(tiny_task: Ta
     assert (np.abs(z) < 4.5).all(), "12 gradients: Student's t with 11 degrees of freedom"
     assert (np.sqrt(np.square(z).mean(0)) < 1.6).all()
     assert np.count_nonzero(np.asarray(z)[:, 0]) >= 8
+
+
+def test_dropout_masks_of_the_diagnostics_are_not_those_of_the_step(tiny_task: Task) -> None:
+    """SSGD at fixed weights: alpha_e/alpha is 1 on average. With the step's own masks it was 1.2 on such a network."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    task = dataclasses.replace(tiny_task, build_model=lambda: network)
+    c = TrainConfig("ssgd", 0.1, num_learners=4, local_batch_size=2, num_steps=400, dtype="float64")
+    program = Program(task, c, topology("ring", 4), task.load_data(None)[0])
+    start, told = program.initial_state(), []
+    diagnostics = Diagnostics(program)
+    for step in range(300):
+        state = dataclasses.replace(start, step=step)
+        _, record = program.step(state, torch.ones(1, dtype=torch.bool), keep_gradient=True)
+        assert record.mean_gradient is not None
+        indices = diagnostics.sampler.indices(step)
+        gradients = program.evaluate(state.params, state, indices, masks="diagnostics dropout").gradients
+        assert gradients is not None
+        along = gradients @ record.mean_gradient[0]
+        pairs = (gradients.sum(0).square().sum() - gradients.square().sum()) / 12
+        told.append((float(along.mean()), float(pairs)))
+    along, pairs = np.array(told).T
+    error = np.std(along - pairs) / math.sqrt(len(along))
+    assert abs(along.mean() - pairs.mean()) < 4 * error
+    with_own_masks = program.evaluate(start.params, start, program.sampler.indices(0)).gradients
+    others = program.evaluate(start.params, start, program.sampler.indices(0), masks="diagnostics dropout").gradients
+    assert with_own_masks is not None
+    assert others is not None
+    assert not torch.equal(with_own_masks, others)

@@ -185,20 +185,66 @@ def test_shares_cover_everything_once_and_evenly(count: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("field", ["accumulation", "channels_last", "batching"])
-def test_how_a_minibatch_is_taken_does_not_change_the_step(field: str) -> None:
-    """On a network without batch statistics; one after another, in parts, channels innermost."""
+@pytest.mark.parametrize("algorithm", ["ssgd", "dpsgd", "ubar"])
+@pytest.mark.parametrize("loss", ["plain", "weighted", "summed"])
+def test_how_a_minibatch_is_taken_does_not_change_the_step(field: str, algorithm: str, loss: str) -> None:
+    """On a network without batch statistics; one after another, in parts (some of them without weight), channels innermost."""
     network = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3))
     task = make_task(lambda: network)
-    base = make_config("dpsgd", batching="stacked")
-    other = dataclasses.replace(base, **{field: {"accumulation": 2, "channels_last": True, "batching": "interleaved"}[field]})  # fmt: skip
+    if loss == "weighted":
+        data = task.load_data(None)[0]
+        half = dataclasses.replace(data, targets=torch.where(torch.arange(40) % 2 == 0, -100, data.targets))
+        weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+        task = dataclasses.replace(task, loss_fn=weighted, load_data=lambda root: (half, half))
+    if loss == "summed":
+        task = dataclasses.replace(task, loss_fn=nn.CrossEntropyLoss(reduction="sum"))
+    base = make_config(algorithm, batching="stacked", learning_rate=0.03, local_batch_size=12)
+    other = dataclasses.replace(base, **{field: {"accumulation": 6, "channels_last": True, "batching": "interleaved"}[field]})  # fmt: skip
     ends = []
     for config in (base, other):
         program = Program(task, config, topology("ring", 5), task.load_data(None)[0])
         state, alive = program.initial_state(), torch.ones(1, dtype=torch.bool)
         for _ in range(STEPS):
-            state, _ = program.step(state, alive)
+            state, record = program.step(state, alive)
+        assert bool(record.alive.all())
         ends.append(state.params)
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-12)
+
+
+class Dropping(nn.Module):
+    """Masks drawn by a function, of which no layer tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(x), 0.5, self.training)
+
+
+class Attending(nn.Module):
+    """Attention, which draws masks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(3, 1, dropout=0.5, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (2, 3))
+        return self.last(self.attention(x, x, x, need_weights=False)[0].flatten(1))
+
+
+@pytest.mark.parametrize("network", [Dropping, Attending])
+def test_masks_hang_on_the_learner_and_not_on_how_learners_are_batched(network: type[nn.Module]) -> None:
+    task, ends = make_task(network), []
+    for batching in ("stacked", "interleaved"):
+        config = make_config("dpsgd", batching=batching)
+        program = Program(task, config, topology("ring", 5), task.load_data(None)[0])
+        state, alive = program.initial_state(), torch.ones(1, dtype=torch.bool)
+        for _ in range(2):
+            state, _ = program.step(state, alive)
+        ends.append(state.params)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("algorithm", ["ssgd", "dpsgd"])

@@ -22,7 +22,7 @@ def test_recalibration_measures_the_statistics_at_the_weights() -> None:
     weights, own = model.initial_weights()
     stacked = torch.stack([weights, 2 * weights])
     buffers = {name: torch.stack([b, b]) for name, b in own.items()}
-    found = recalibrated(model, stacked, buffers, data, seed=3)
+    found = recalibrated(model, stacked, buffers, data, seeds=(3, 3))
     for r in range(2):
         layers = model.layout.split(stacked[r])
         hidden = data.inputs @ layers["0.weight"].T + layers["0.bias"]
@@ -31,7 +31,7 @@ def test_recalibration_measures_the_statistics_at_the_weights() -> None:
         assert bool(((found["1.running_mean"][r] - hidden.mean(0)).abs() < tolerance).all())
         torch.testing.assert_close(found["1.running_var"][r], hidden.var(0), rtol=0.2, atol=0)
     assert torch.equal(found["1.num_batches_tracked"], buffers["1.num_batches_tracked"])
-    again = recalibrated(model, stacked, found, data, seed=3)
+    again = recalibrated(model, stacked, found, data, seeds=(3, 3))
     assert all(torch.equal(found[name], again[name]) for name in found), "it does not hang on what was there before"
     assert model.module.training
     assert RECALIBRATION_EXAMPLES % RECALIBRATION_BATCH == 0, "the average weighs batches alike"
@@ -43,4 +43,4 @@ def test_a_network_without_statistics_keeps_its_buffers() -> None:
     model = FunctionalModel(nn.Linear(4, 3).double(), nn.functional.cross_entropy)
     buffers = {"kept": torch.ones(1, 2)}
     data = TensorData(torch.zeros(5, 4, dtype=torch.float64), torch.zeros(5, dtype=torch.long))
-    assert recalibrated(model, model.initial_weights()[0][None], buffers, data, seed=0) is buffers
+    assert recalibrated(model, model.initial_weights()[0][None], buffers, data, seeds=(0,)) is buffers

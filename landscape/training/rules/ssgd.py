@@ -16,9 +16,9 @@ def ssgd(step: Step) -> tuple[LearnerState, Evaluation]:
     average = step.start_mean()
     evaluation = step.evaluate(weights if step.noise is None else weights + step.noise, average.take)
     mean = average.wait(evaluation.gradients)
-    evaluation = replace(evaluation, mean_gradients=mean)
     if step.gradient_noise is not None:
         mean = mean + step.gradient_noise
+    evaluation = replace(evaluation, mean_gradients=mean)
     direction, momentum = step.update.direction(mean, weights, state.momentum, state.step)
     params = torch.addcmul(weights, direction, step.learning_rates, value=-1)
     return LearnerState(params, evaluation.buffers, momentum, state.step + 1), evaluation
