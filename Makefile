@@ -36,7 +36,7 @@ test: lint ## lint, type check, import contract and all tests
 
 bench: $(VENV)/.installed-test ## speed and accuracy beside pyhessian and curvlinops; results under tests/benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt einops einconv opt-einsum
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator decent-dp loguru
 	$(BIN)/python -m tests.benchmarks
 
 clean: ## remove the environment and caches, never a run

@@ -481,7 +481,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.run()
     except KeyboardInterrupt as interrupt:
         if tells(interrupt):
-            print(f"landscape: {interrupt or 'interrupted'}", file=sys.stderr)
+            print(f"landscape: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return getattr(interrupt, "status", 130)
     except BrokenPipeError:
         return 0
