@@ -127,9 +127,8 @@ def launch() -> str | None:
     """What the processes that one torchrun starts on a machine have in common, also with those that it starts anew; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    logs = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parts[
-        :-3
-    ]  # LOGS/attempt/rank/error.json; LOGS is this launch's alone
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    logs = error_file.parts[:-3]  # of LOGS/attempt/rank/error.json; LOGS is this launch's alone
     return hashlib.sha256("\n".join([socket.gethostname(), str(os.getppid()), *logs]).encode()).hexdigest()[:16]
 
 
@@ -195,9 +194,9 @@ def _meet(device: str, timeout: float | int) -> Any:
         elif "imed out" in str(error) or "wait timeout" in str(error):
             reason = f"not all {here.size} processes came within {timeout:g} s; start as many as WORLD_SIZE says, on machines that reach each other"  # fmt: skip
         failure = ConnectionError(f"rank {here.rank} of {here.size} could not meet the others at {where}: {reason}")
-        if store is not None and not (
-            _is_first_to_fail(store) if launch() else here.leads
-        ):  # rank 0 has the store then
+        # without torchrun rank 0 has the store
+        tells_it = store is None or (_is_first_to_fail(store) if launch() else here.leads)
+        if not tells_it:
             failure.add_note(_TOLD)
         raise failure from error
     return own
@@ -252,9 +251,8 @@ def _is_first_to_fail(store: Any) -> bool:
         with suppress(RuntimeError):
             found.append(store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1))
 
-    asking = threading.Thread(
-        target=count, daemon=True
-    )  # a host that hangs never answers, whatever the store's timeout
+    # a host that hangs never answers, whatever the store's timeout
+    asking = threading.Thread(target=count, daemon=True)
     asking.start()
     asking.join(_ANSWER_TIME)
     return found in ([], [1])

@@ -140,9 +140,8 @@ def record_run(
             restarted = is_restarted(out, launched)
             if claim(out, resume=resume or restarted, overwrite=overwrite and not restarted):
                 found = open_run(out)
-    run, steps = ranks.collect((found, found.steps if found else []))[
-        0
-    ]  # the first process's view of the directory is everybody's
+    # the first process's view of the directory is everybody's
+    run, steps = ranks.collect((found, found.steps if found else []))[0]
     with ranks.agree():
         train_data, test_data = task.load_data(data_root)
         fingerprint = {"train": train_data.fingerprint(), "test": test_data.fingerprint()}

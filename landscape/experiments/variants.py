@@ -124,10 +124,20 @@ def calibrated_profile(
     return load_profile(kept(own))
 
 
+FIRST_FIELDS = frozenset({
+    "algorithm", "learning_rate", "num_learners", "local_batch_size", "num_steps", "topology", "order", "momentum", "dampening", "nesterov",
+    "weight_decay", "schedule", "sigma0", "gamma", "checkpoint_every", "log_every", "seed", "dtype", "tf32",
+})  # fmt: skip
+"""Fields that a configuration had when parts of maps were first kept."""
+
+
 def replica_key(task: Task, config: TrainConfig, variant: Variant, fingerprint: str) -> str:
     """Names a replica by everything that decides its numbers; a later field at its default does not, so that older parts are found."""
-    later = {"gamma_schedule", "noise_place", "noise_shape", "noise_drift", "noise_every", "noise_zero_sum"}
     defaults = {f.name: f.default for f in fields(TrainConfig)}
-    told = {k: v for k, v in config.to_json().items() if k != "device" and not (k in later and v == defaults[k])}
+    told = {
+        k: v
+        for k, v in config.to_json().items()
+        if k not in ("device", "batching") and (k in FIRST_FIELDS or v != defaults[k])
+    }
     identity = [task.name, told, variant.name, fingerprint]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
