@@ -49,10 +49,12 @@ class Ranks:
     Attributes:
         rank: 0 to size - 1.
         size: how many there are.
+        group: their process group; None for torch's default one, and for one process.
     """
 
     rank: int = 0
     size: int = 1
+    group: Any = None
 
     @property
     def leads(self) -> bool:
@@ -78,7 +80,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[T] = [value] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def barrier(self) -> None:

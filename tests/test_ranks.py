@@ -35,7 +35,7 @@ def together(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            found[rank] = work(Threaded(rank, size, board, gate))
+            found[rank] = work(Threaded(rank, size, board=board, gate=gate))
         except Exception as error:
             found[rank] = error
 
@@ -133,9 +133,9 @@ def test_torchrun_is_known_again_and_told_from_another(monkeypatch: pytest.Monke
     assert launch_record(Ranks()) is None
     assert not is_restarted(tmp_path, None)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_b/attempt_0/1/error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/torchelastic_a/none_b/attempt_0/1/error.json")
     first = launch()
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_a/none_b/attempt_1/0/error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/torchelastic_a/none_b/attempt_1/0/error.json")
     assert launch() == first
     mine = launch_record(Ranks())
     assert mine is not None
@@ -146,7 +146,7 @@ def test_torchrun_is_known_again_and_told_from_another(monkeypatch: pytest.Monke
     assert not is_restarted(tmp_path, mine), "the same process asks again"
     assert is_restarted(tmp_path, {**mine, "process": mine["process"] + 1})
     assert is_restarted(tmp_path, {"torchruns": ["of-a-new-machine", first], "process": 1})
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/torchelastic_c/none_d/attempt_0/0/error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "logs/torchelastic_c/none_d/attempt_0/0/error.json")
     other = launch_record(Ranks())
     assert other is not None
     assert not is_restarted(tmp_path, {**other, "process": 1})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from landscape.data.dataset import BatchList, Data
 from landscape.ranks import AgreedError, Ranks
-
-T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
@@ -25,12 +23,10 @@ class Peers(Ranks):
     """This process among those of a torch.distributed group, and what they tell each other; one process by default.
 
     Attributes:
-        group: the process group; None for one process.
         device: where small numbers lie that are summed, one that the group's backend knows.
         shared: whether all the data are on every rank, of which each passes over its share; otherwise each has a shard of them.
     """
 
-    group: Any = None
     device: torch.device = CPU
     shared: bool = False
 
@@ -46,14 +42,6 @@ class Peers(Ranks):
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
-
-    def collect(self, value: T) -> list[T]:
-        """Every rank's value, on every rank; small picklable things."""
-        if self.size == 1:
-            return [value]
-        found: list[T] = [value] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
 
     def least(self, number: int) -> int:
         """The smallest over ranks, for what hangs on a rank's own memory but must be one number."""

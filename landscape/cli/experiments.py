@@ -1,36 +1,17 @@
-"""The command line: parsing only. Every command is a library call; the help comes from its docstrings."""
+"""Commands that train many runs, or one from the middle of another."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import sys
-import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import tyro
 
-from landscape.experiments.checkpoint import MeasureConfig
-from landscape.ranks import AgreedError, launched, started, tells
 from landscape.training.config import Algorithm, Order, TrainConfig
 from landscape.training.noise import NoiseDrift, NoisePlace, NoiseShape
 
-MeasureName = Literal[
-    "effective-learning-rate", "noise", "curvature", "smoothing", "stability", "ledger", "covariance", "alignment", "alignment-by-layer",
-    "disagreement", "smoothing-length",
-]  # fmt: skip
 VariantName = Literal["ssgd", "ssgd-star", "dpsgd", "dpsgd-atc", "dpsgd-cta"]
-
-DEBUG_VARIABLE = "LANDSCAPE_DEBUG"
-
-LINGER = 5.0
-"""Seconds that a process with nothing to tell waits for the one that has."""
 
 
 @dataclass(frozen=True)
@@ -63,100 +44,6 @@ class Reproduce:
         from landscape.experiments.reproduce import reproduce
 
         reproduce(**{f.name: getattr(self, f.name) for f in fields(self)})
-
-
-class TrainFlags(TrainConfig):
-    """The configuration of the run."""
-
-    def __post_init__(self) -> None:  # checked when the command runs, for a message of ours
-        pass
-
-
-@dataclass(frozen=True)
-class Train:
-    """Train one run and record it: all learners stacked on one device, or under torchrun spread over its processes."""
-
-    config: tyro.conf.OmitArgPrefixes[TrainFlags]
-    task: str
-    """What is trained: a name from `landscape tasks`, or your own as module:function."""
-    out: Path
-    """The run directory."""
-    data_root: Path | None = None
-    """Folder of data sets, for tasks that read from disk; or set LANDSCAPE_DATA_ROOT."""
-    resume: bool = False
-    """Continue from the last checkpoint in --out, with the same flags."""
-    overwrite: bool = False
-    """Replace the run in --out."""
-    quiet: bool = False
-    """No progress bar, no messages."""
-    timeout: float = 300.0
-    """Seconds that a process waits for the others before it gives up."""
-
-    def run(self) -> None:
-        """Run it."""
-        from landscape.experiments.train import train
-
-        with started(self.config.device, self.timeout) as ranks:
-            with ranks.agree():
-                config = TrainConfig(**asdict(self.config))
-            run = train(
-                self.task,
-                config,
-                self.out,
-                data_root=self.data_root,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                quiet=self.quiet,
-            )
-        if not self.quiet and launched().leads:
-            outcome = run.record["outcome"]
-            detail = (
-                f", median training loss of w_a over the last 50 steps {outcome['median_last_train_loss']:.4g}"
-                if "median_last_train_loss" in outcome
-                else f" at step {outcome['step']}"
-            )
-            print(f"{run.path}: {run.status}, {outcome['outcome']}{detail}")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Measure a run's checkpoints against the theory; results go to RUN/measurements.nc."""
-
-    run_directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN")]
-    """The run."""
-    config: tyro.conf.OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
-    measures: tuple[MeasureName, ...] | None = None
-    """Which measures; by default all but smoothing-length, which is the dearest."""
-    steps: tuple[int, ...] | None = None
-    """Which checkpoints; all by default."""
-    data_root: Path | None = None
-    """Folder of data sets, for tasks that read from disk."""
-    device: str | None = None
-    """Where to compute; the run's own device by default."""
-    allow_other_data: bool = False
-    """Measure on data whose fingerprint is not the run's."""
-    quiet: bool = False
-    """No progress bar, no table."""
-    timeout: float = 300.0
-    """Seconds a process waits for the others."""
-
-    def run(self) -> None:
-        """Run it."""
-        from landscape.experiments.measure import measure
-        from landscape.experiments.measures import DEFAULT_MEASURES
-        from landscape.theory.scorecard import run_scorecard, scorecard
-
-        groups = measure(
-            self.run_directory, self.measures or DEFAULT_MEASURES, self.steps, settings=self.config, data_root=self.data_root,
-            device=self.device, allow_other_data=self.allow_other_data, quiet=self.quiet, timeout=self.timeout,
-        )  # fmt: skip
-        if self.quiet or not launched().leads:
-            return
-        table = scorecard(groups)
-        if not table.empty:
-            print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-            if table["step"].nunique() > 1:
-                print("\nof the run:\n" + run_scorecard(table).to_string(float_format=lambda v: f"{v:.4g}"))
 
 
 @dataclass(frozen=True)
@@ -392,116 +279,3 @@ class Rescue:
         )  # fmt: skip
         if not self.quiet:
             print(result.attrs["conclusion"])
-
-
-@dataclass(frozen=True)
-class Report:
-    """One self-contained HTML report of measured runs."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="RUN")]
-    """Measured runs."""
-    out: Path
-    """The HTML file."""
-
-    def run(self) -> None:
-        """Run it."""
-        from landscape.experiments.reproduce import report_runs
-
-        if not self.runs:
-            raise ValueError("name at least one run")
-        print(report_runs(self.runs, self.out))
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """What a run or checkpoint is: format, learners, steps, tensors. Reads no tensor data."""
-
-    path: Annotated[Path, tyro.conf.Positional]
-    """A run directory, or one of its checkpoints."""
-
-    def run(self) -> None:
-        """Run it."""
-        from landscape.checkpoints.inspect import describe
-
-        print(describe(self.path))
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """What can be trained."""
-
-    def run(self) -> None:
-        """Run it."""
-        from landscape.tasks import TASKS
-
-        for task in TASKS.values():
-            root = " (needs --data-root)" if task.needs_data_root else ""
-            print(f"{task.name:22s} {task.description}; converged below a loss of {task.threshold:g}{root}")
-
-
-Command = Union[  # noqa: UP007 - tyro reads the annotations
-    Annotated[Reproduce, tyro.conf.subcommand("reproduce")],
-    Annotated[Train, tyro.conf.subcommand("train")],
-    Annotated[Measure, tyro.conf.subcommand("measure")],
-    Annotated[Sweep, tyro.conf.subcommand("sweep")],
-    Annotated[Replay, tyro.conf.subcommand("replay")],
-    Annotated[Edge, tyro.conf.subcommand("edge")],
-    Annotated[Rescue, tyro.conf.subcommand("rescue")],
-    Annotated[Report, tyro.conf.subcommand("report")],
-    Annotated[Inspect, tyro.conf.subcommand("inspect")],
-    Annotated[Tasks, tyro.conf.subcommand("tasks")],
-]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit status: 0, 2 for a user's mistake or a lost process, 130 after Ctrl-C, 143 after SIGTERM."""
-    ranks = launched()
-    with contextlib.ExitStack() as silence:
-        if not ranks.leads:  # help, or what is wrong with the flags, is told once
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            command = tyro.cli(
-                Command,  # type: ignore[arg-type]
-                prog="landscape",
-                description="Why a multi-GPU training run converged or blew up: noise, curvature and effective learning rate, held against theory.",
-                args=arguments,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
-        except SystemExit:
-            if not ranks.leads:
-                _linger()
-            raise
-    try:
-        if ranks.size > 1 and not isinstance(command, Train | Measure):
-            raise AgreedError("only train and measure run on several processes; start this command without torchrun")
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            command.run()
-    except KeyboardInterrupt as interrupt:
-        if tells(interrupt):
-            print(f"landscape: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return getattr(interrupt, "status", 130)
-    except BrokenPipeError:
-        return 0
-    except (ValueError, OSError) as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        if tells(error):
-            print(f"landscape: error: {error}", file=sys.stderr)
-        else:
-            _linger()
-        return 2
-    return 0
-
-
-def _linger() -> None:
-    """Let the process that has something to tell do so: torchrun ends all of them as soon as one has ended, with SIGTERM."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
-
-    signal.signal(signal.SIGTERM, end)
-    with contextlib.suppress(TimeoutError):
-        time.sleep(LINGER)

@@ -1,0 +1,157 @@
+"""Commands about one run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from landscape.experiments.checkpoint import MeasureConfig
+from landscape.ranks import launched, started
+from landscape.training.config import TrainConfig
+
+MeasureName = Literal[
+    "effective-learning-rate", "noise", "curvature", "smoothing", "stability", "ledger", "covariance", "alignment", "alignment-by-layer",
+    "disagreement", "smoothing-length",
+]  # fmt: skip
+
+
+class TrainFlags(TrainConfig):
+    """The configuration of the run."""
+
+    def __post_init__(self) -> None:  # checked when the command runs, for a message of ours
+        pass
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one run and record it: all learners stacked on one device, or under torchrun spread over its processes."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainFlags]
+    task: str
+    """What is trained: a name from `landscape tasks`, or your own as module:function."""
+    out: Path
+    """The run directory."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk; or set LANDSCAPE_DATA_ROOT."""
+    resume: bool = False
+    """Continue from the last checkpoint in --out, with the same flags."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    quiet: bool = False
+    """No progress bar, no messages."""
+    timeout: float = 300.0
+    """Seconds that a process waits for the others before it gives up."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.train import train
+
+        with started(self.config.device, self.timeout) as ranks:
+            with ranks.agree():
+                config = TrainConfig(**asdict(self.config))
+            run = train(
+                self.task,
+                config,
+                self.out,
+                data_root=self.data_root,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                quiet=self.quiet,
+            )
+        if not self.quiet and launched().leads:
+            outcome = run.record["outcome"]
+            detail = (
+                f", median training loss of w_a over the last 50 steps {outcome['median_last_train_loss']:.4g}"
+                if "median_last_train_loss" in outcome
+                else f" at step {outcome['step']}"
+            )
+            print(f"{run.path}: {run.status}, {outcome['outcome']}{detail}")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure a run's checkpoints against the theory; results go to RUN/measurements.nc."""
+
+    run_directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="RUN")]
+    """The run."""
+    config: tyro.conf.OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
+    measures: tuple[MeasureName, ...] | None = None
+    """Which measures; by default all but smoothing-length, which is the dearest."""
+    steps: tuple[int, ...] | None = None
+    """Which checkpoints; all by default."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk."""
+    device: str | None = None
+    """Where to compute; the run's own device by default."""
+    allow_other_data: bool = False
+    """Measure on data whose fingerprint is not the run's."""
+    quiet: bool = False
+    """No progress bar, no table."""
+    timeout: float = 300.0
+    """Seconds a process waits for the others."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.measure import measure
+        from landscape.experiments.measures import DEFAULT_MEASURES
+        from landscape.theory.scorecard import run_scorecard, scorecard
+
+        groups = measure(
+            self.run_directory, self.measures or DEFAULT_MEASURES, self.steps, settings=self.config, data_root=self.data_root,
+            device=self.device, allow_other_data=self.allow_other_data, quiet=self.quiet, timeout=self.timeout,
+        )  # fmt: skip
+        if self.quiet or not launched().leads:
+            return
+        table = scorecard(groups)
+        if not table.empty:
+            print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+            if table["step"].nunique() > 1:
+                print("\nof the run:\n" + run_scorecard(table).to_string(float_format=lambda v: f"{v:.4g}"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """One self-contained HTML report of measured runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="RUN")]
+    """Measured runs."""
+    out: Path
+    """The HTML file."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.reproduce import report_runs
+
+        if not self.runs:
+            raise ValueError("name at least one run")
+        print(report_runs(self.runs, self.out))
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What a run or checkpoint is: format, learners, steps, tensors. Reads no tensor data."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A run directory, or one of its checkpoints."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.checkpoints.inspect import describe
+
+        print(describe(self.path))
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What can be trained."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.tasks import TASKS
+
+        for task in TASKS.values():
+            root = " (needs --data-root)" if task.needs_data_root else ""
+            print(f"{task.name:22s} {task.description}; converged below a loss of {task.threshold:g}{root}")
