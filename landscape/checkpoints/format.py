@@ -28,6 +28,7 @@ STATE_FILE = "state.json"
 MEASUREMENTS_FILE = "measurements.nc"
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
 TEMPORARY_PREFIX = ".writing-"
+ASIDE_PREFIX = ".replaced-"
 
 
 class CheckpointError(ValueError):
@@ -89,11 +90,15 @@ def seal(record: dict[str, Any]) -> bytes:
 def unseal(path: Path) -> dict[str, Any]:
     """Read a sealed JSON record, or say what is wrong with it."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would hang
+            raise CheckpointError(f"{path} is not a regular file")
         record = json.loads(path.read_bytes())
         checksum = record.pop("checksum")
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     version = record.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -108,6 +113,12 @@ def unseal(path: Path) -> dict[str, Any]:
 def digest(content: bytes) -> str:
     """SHA-256 of a file's content."""
     return hashlib.sha256(content).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(record: dict[str, Any]) -> str:

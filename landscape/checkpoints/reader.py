@@ -1,109 +1,31 @@
-"""Reading the run format."""
+"""Reading runs, and checkpoints of any system."""
 
 from __future__ import annotations
 
+import glob
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import safetensors.torch
-import torch
-from jaxtyping import Float
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from landscape.checkpoints.assemble import readable
 from landscape.checkpoints.format import (
     CHECKPOINTS,
     METRICS_FILE,
     RUN_FILE,
-    STATE_FILE,
     STEP_PATTERN,
-    CheckpointError,
-    digest,
-    shard_name,
     step_name,
     unseal,
 )
-from landscape.functional import Buffers, ParameterLayout
+from landscape.checkpoints.importers import run_format
+from landscape.checkpoints.learners import Learners
 from landscape.training.config import TrainConfig
 from landscape.training.state import LearnerState
-
-
-@dataclass(frozen=True)
-class Learners:
-    """The learners of one checkpoint.
-
-    Attributes:
-        step: steps taken.
-        weights: flat weights (n, d), parameters in `layout`'s order.
-        layout: names and shapes of the parameters.
-        buffers: {name: (n, ...)}.
-        momentum: momentum buffers (n, d), or None.
-        facts: what else the checkpoint recorded (learning_rate, local_batch_size, algorithm ...).
-    """
-
-    step: int
-    weights: Float[Tensor, "n d"]
-    layout: ParameterLayout
-    buffers: Buffers = field(default_factory=dict)
-    momentum: Tensor | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    @cached_property
-    def mean(self) -> Float[Tensor, " d"]:
-        """w_a = (1/n) sum_j w_j, summed in float64; exactly w_j where all are equal."""
-        if bool((self.weights == self.weights[0]).all()):
-            return self.weights[0].clone()
-        return self.weights.mean(0, dtype=torch.float64).to(self.weights.dtype)
-
-    @cached_property
-    def deviations(self) -> Float[Tensor, "n d"]:
-        """delta_j = w_j - w_a."""
-        return self.weights - self.mean
-
-    @property
-    def consensus_distance(self) -> float:
-        """sqrt(Tr Sigma_w), Sigma_w = (1/n) sum_j delta_j delta_j^T."""
-        return float(self.deviations.double().square().sum(1).mean().sqrt())
-
-    @property
-    def weight_variance(self) -> float:
-        """sigma_w^2 = Tr(Sigma_w)/d, the variance per parameter."""
-        return self.consensus_distance**2 / self.weights.shape[1]
-
-    @property
-    def mean_buffers(self) -> Buffers:
-        """Buffers of the averaged model: floating-point ones averaged, counters the first learner's."""
-        return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in self.buffers.items()}
-
-    def parameters(self, learner: int | None = None) -> dict[str, Tensor]:
-        """Parameters by name of one learner, or of the mean w_a: {name: tensor}."""
-        return self.layout.split(self.mean if learner is None else self.weights[learner])
-
-    def select(self, which: range) -> Learners:
-        """Some of the learners, as views."""
-        part = slice(which.start, which.stop)
-        return replace(
-            self,
-            weights=self.weights[part],
-            buffers={n: b[part] for n, b in self.buffers.items()},
-            momentum=None if self.momentum is None else self.momentum[part],
-        )
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every weight is finite."""
-        return bool(torch.isfinite(self.weights).all())
-
-    def __repr__(self) -> str:
-        n, d = self.weights.shape
-        return f"Learners(step={self.step}, num_learners={n}, num_parameters={d}, consensus_distance={self.consensus_distance:.4g})"
 
 
 @dataclass(frozen=True)
@@ -147,6 +69,11 @@ class Run:
                 f"{self.path} has no checkpoint of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}"
             )
         return read_checkpoint(self.path / CHECKPOINTS / step_name(step), which)
+
+    @cached_property
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that require no gradient, where the checkpoints tell which these are: {name: tensor}, those of the first checkpoint."""
+        return self.learners(self.steps[0], range(1)).frozen if self.steps else {}
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -195,36 +122,52 @@ def open_run(path: str | Path) -> Run:
     return Run(path, unseal(path / RUN_FILE))
 
 
-def read_checkpoint(path: str | Path, learners: range | None = None) -> Learners:
-    """Read one checkpoint, every file checked against its recorded size and checksum.
+def read_checkpoint(
+    path: str | Path | Sequence[str | Path],
+    learners: range | None = None,
+    *,
+    model: nn.Module | None = None,
+    rename: Sequence[str] = (),
+) -> Learners:
+    """Read one checkpoint, of a run of ours or of another system's; nothing in its files is ever run.
 
     Args:
-        path: a folder checkpoints/step-XXXXXXXX of a run.
+        path: a folder checkpoints/step-XXXXXXXX of a run; or a file, a folder, a glob or a list of files of torch.save, safetensors,
+            torch.distributed.checkpoint, FSDP, Lightning, Accelerate, DeepSpeed, decent-dp or SGP (`landscape inspect` tells what it is).
         learners: which to read; all by default.
+        model: of foreign checkpoints, the module whose weights these are: it tells the order of the parameters, which are trained,
+            buffers, tied; it is not changed. Without it, parameters come in the checkpoint's order, and buffers are known by what BatchNorm
+            calls them.
+        rename: of foreign checkpoints, rules OLD=NEW for names that differ, * standing for anything; "head.*=" leaves out.
+
+    Returns:
+        the learners; of another system's checkpoint `origin` tells what they are (learners, one model, an average, possibly a mixture of
+        processes) and what was left out.
+
+    Raises:
+        CheckpointError: damaged, incomplete or dangerous files; names or shapes that do not fit `model`; learners of different networks or
+            steps; several checkpoints of which one must be chosen.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise ValueError(f"there is no checkpoint at {path}")
-    state = unseal(path / STATE_FILE)
-    layout = ParameterLayout(
-        tuple(n for n, _ in state["parameters"]), tuple(torch.Size(s) for _, s in state["parameters"])
-    )
-    count = state["num_learners"]
-    chosen = range(count) if learners is None else learners
-    tensors = [_read_tensors(path, shard_name("learner", j, count), state["files"]) for j in chosen]
-    momentum = None
-    if state["momentum"]:
-        stored = [_read_tensors(path, shard_name("optimizer", j, count), state["files"]) for j in chosen]
-        momentum = torch.stack([layout.join(t) for t in stored])
-    known = {"format", "format_version", "step", "num_learners", "parameters", "buffers", "momentum", "files"}
-    return Learners(
-        step=state["step"],
-        weights=torch.stack([layout.join(t) for t in tensors]),
-        layout=layout,
-        buffers={name: torch.stack([t[name] for t in tensors]) for name in state["buffers"] if name in tensors[0]},
-        momentum=momentum,
-        facts={k: v for k, v in state.items() if k not in known},
-    )
+    given = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    own = len(given) == 1 and run_format.is_checkpoint(given[0])
+    if len(given) == 1 and not own and (given[0] / RUN_FILE).is_file():
+        raise ValueError(f"{given[0]} is a run; read one of its checkpoints with open_run(path).learners(step)")
+    if len(given) == 1 and not given[0].exists() and not glob.glob(str(given[0])):
+        raise ValueError(f"there is no checkpoint at {given[0]}")
+    if own and model is None and not rename:
+        return _read_own(given[0], learners)
+    from landscape.checkpoints.find import find_one
+
+    return readable(find_one(given), module=model, rename=rename).read(learners)
+
+
+def _read_own(path: Path, learners: range | None) -> Learners:
+    found = run_format.find(path, learners)
+    assert found is not None
+    state = run_format.read_state(path)
+    names = run_format.names_of(state)
+    present = {n: o for n, o in names.buffers.items() if o in found.models[0].tensors}  # some are not in a state_dict
+    return replace(readable(found, names=replace(names, buffers=present)).read(), origin=state.get("imported", {}))
 
 
 def restore_state(learners: Learners, fresh: LearnerState) -> LearnerState:
@@ -232,22 +175,3 @@ def restore_state(learners: Learners, fresh: LearnerState) -> LearnerState:
     buffers = {n: learners.buffers.get(n, b).to(b) for n, b in fresh.buffers.items()}
     momentum = None if fresh.momentum is None or learners.momentum is None else learners.momentum.to(fresh.params)
     return LearnerState(learners.weights.to(fresh.params), buffers, momentum, learners.step)
-
-
-def _read_tensors(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    path, expected = folder / name, files.get(name)
-    if expected is None:
-        raise CheckpointError(f"{folder / STATE_FILE} does not list {name}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    content = path.read_bytes()
-    if len(content) != expected["bytes"]:
-        raise CheckpointError(
-            f"{path} is cut short or overlong: {len(content)} bytes, but {expected['bytes']} were written"
-        )
-    if digest(content) != expected["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its checksum is not the one recorded when it was written")
-    try:
-        return safetensors.torch.load(content)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from None

@@ -288,7 +288,9 @@ def test_what_is_no_run_or_checkpoint_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(ValueError, match=r"holds no run \(run\.json is missing\)"):
             open_run(path)
-        with pytest.raises(ValueError, match=r"there is no checkpoint at|state\.json is missing"):
+        with pytest.raises(
+            ValueError, match=r"there is no checkpoint at|state\.json is missing|no checkpoint of a format known here"
+        ):
             read_checkpoint(path)
     run = open_run(write_run(tmp_path / "run"))
     with pytest.raises(ValueError, match="has no checkpoint of step 3; there are 0, 5"):

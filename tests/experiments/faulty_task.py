@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ def faulty_step(self: Program, state: Any, *arguments: Any, **options: Any) -> A
     return take_step(self, state, *arguments, **options)
 
 
-def faulty_write(path: Path, content: bytes) -> None:
+def faulty_write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    written = write(path, tensors)
     if FAILS and f"step-{int(STEP):08d}" in path.parent.name and WHAT in ("full", "all-SIGKILL-writing"):
-        path.write_bytes(content[: len(content) // 2])
+        os.truncate(path, written["bytes"] // 2)
         if WHAT == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.killpg(0, signal.SIGKILL)
-    write(path, content)
+    return written
 
 
 class FullDisk(io.StringIO):
@@ -70,7 +72,7 @@ def faulty_append(self: writer.RunWriter, entry: dict[str, Any]) -> None:
 
 
 take_step, Program.step = Program.step, faulty_step  # type: ignore[method-assign]
-write, writer.write_synced = writer.write_synced, faulty_write
+write, writer._write_tensors = writer._write_tensors, faulty_write
 append, writer.RunWriter.append_metrics = writer.RunWriter.append_metrics, faulty_append  # type: ignore[method-assign]
 
 

@@ -1,0 +1,1 @@
+"""One file a format that other systems write; `landscape.checkpoints.find` asks them in turn."""

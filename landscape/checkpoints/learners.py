@@ -1,0 +1,115 @@
+"""The learners of one checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from landscape.functional import Buffers, ParameterLayout
+
+NEEDS_RECALIBRATION = "averaged over the learners: measure them anew at these weights (Objective.recalibrated)"
+"""What facts["batch_norm"] says of statistics that are no network's own."""
+
+
+@dataclass(frozen=True)
+class Learners:
+    """The learners of one checkpoint.
+
+    Attributes:
+        step: steps taken.
+        weights: flat weights (n, d), parameters in `layout`'s order.
+        layout: names and shapes of the parameters.
+        buffers: {name: (n, ...)}.
+        momentum: momentum buffers (n, d), or None.
+        moments: Adam's running averages, {"exp_avg": (n, d), "exp_avg_sq": (n, d)}, where they are known.
+        frozen: parameters that require no gradient, {name: tensor}, the same for all learners, where they are known.
+        facts: what else the checkpoint recorded (learning_rate, local_batch_size, algorithm ...).
+        origin: of a checkpoint that another system wrote: "format", "kind" (learners, one model, average, shards of one model, possibly
+            mixed), "reasons" and "notes" (sentences: why, what cannot be known, what was left out).
+    """
+
+    step: int
+    weights: Float[Tensor, "n d"]
+    layout: ParameterLayout
+    buffers: Buffers = field(default_factory=dict)
+    momentum: Tensor | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " d"]:
+        """w_a = (1/n) sum_j w_j, summed in float64; exactly w_j where all are equal."""
+        if bool((self.weights == self.weights[0]).all()):
+            return self.weights[0].clone()
+        return self.weights.mean(0, dtype=torch.float64).to(self.weights.dtype)
+
+    @cached_property
+    def deviations(self) -> Float[Tensor, "n d"]:
+        """delta_j = w_j - w_a."""
+        return self.weights - self.mean
+
+    @property
+    def consensus_distance(self) -> float:
+        """sqrt(Tr Sigma_w), Sigma_w = (1/n) sum_j delta_j delta_j^T."""
+        return float(self.deviations.double().square().sum(1).mean().sqrt())
+
+    @property
+    def weight_variance(self) -> float:
+        """sigma_w^2 = Tr(Sigma_w)/d, the variance per parameter."""
+        return self.consensus_distance**2 / self.weights.shape[1]
+
+    @property
+    def mean_buffers(self) -> Buffers:
+        """Buffers of the averaged model: floating-point ones averaged, counters the first learner's."""
+        return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in self.buffers.items()}
+
+    def parameters(self, learner: int | None = None) -> dict[str, Tensor]:
+        """Parameters by name of one learner, or of the mean w_a: {name: tensor}."""
+        return self.layout.split(self.mean if learner is None else self.weights[learner])
+
+    def select(self, which: range) -> Learners:
+        """Some of the learners, as views."""
+        part = slice(which.start, which.stop)
+        return replace(
+            self,
+            weights=self.weights[part],
+            buffers={n: b[part] for n, b in self.buffers.items()},
+            momentum=None if self.momentum is None else self.momentum[part],
+            moments={n: m[part] for n, m in self.moments.items()},
+        )
+
+    def average(self) -> Learners:
+        """w_a as the one learner there is, without optimizer state.
+
+        BatchNorm statistics are averaged too, which are not those of w_a; facts["batch_norm"] says so until
+        `Objective.recalibrated` has measured them anew.
+        """
+        has_statistics = any(name.endswith("running_mean") for name in self.buffers)
+        return Learners(
+            step=self.step,
+            weights=self.mean[None],
+            layout=self.layout,
+            buffers={n: b[None] for n, b in self.mean_buffers.items()},
+            frozen=self.frozen,
+            facts={**self.facts, **({"batch_norm": NEEDS_RECALIBRATION} if has_statistics else {})},
+            origin={**self.origin, "kind": "average"},
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every weight is finite."""
+        return bool(torch.isfinite(self.weights).all())
+
+    def __repr__(self) -> str:
+        n, d = self.weights.shape
+        return f"Learners(step={self.step}, num_learners={n}, num_parameters={d}, consensus_distance={self.consensus_distance:.4g})"
