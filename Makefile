@@ -17,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt deepspeed decent-dp
 	touch $@
 
 demo: $(VENV)/.installed ## train, measure, compare with the theory, report (about 10 minutes; resumes)
@@ -35,8 +36,8 @@ test: lint ## lint, type check, import contract and all tests
 	$(BIN)/python -m pytest -n 2 -rs
 
 bench: $(VENV)/.installed-test ## speed and accuracy beside pyhessian and curvlinops; results under tests/benchmarks/results
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt einops einconv opt-einsum
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator decent-dp loguru
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt einconv opt-einsum
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator
 	$(BIN)/python -m tests.benchmarks
 
 clean: ## remove the environment and caches, never a run
