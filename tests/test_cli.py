@@ -107,7 +107,7 @@ def test_train_measure_report_inspect(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["inspect", path]) == 0
     assert "4 learners x 20" in capsys.readouterr().out
     assert run(["inspect", f"{path}/checkpoints/step-00000004"]) == 0
-    assert "1.weight F32[50, 784]" in capsys.readouterr().out
+    assert "1.weight  float32[50, 784]" in capsys.readouterr().out
     assert run(["inspect", str(tmp_path)]) == 2
 
 

@@ -2,51 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from landscape.checkpoints.format import RUN_FILE, STATE_FILE, CheckpointError, unseal
+from landscape.checkpoints.find import entries, find
+from landscape.checkpoints.format import RUN_FILE
+from landscape.checkpoints.importers.found import Found, Stored, Weights
+from landscape.checkpoints.naming import some
 from landscape.checkpoints.reader import open_run
 
+SHOWN = 24
+"""Tensors listed, unless all are asked for."""
 
-def describe(path: str | Path) -> str:
-    """A few lines on a run directory or on one checkpoint of it."""
-    path = Path(path)
-    if (path / RUN_FILE).is_file():
-        return _describe_run(path)
-    if (path / STATE_FILE).is_file():
-        return _describe_checkpoint(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    raise ValueError(f"{path} is neither a run ({RUN_FILE}) nor a checkpoint ({STATE_FILE}) of landscape's format")
+
+def describe(paths: str | Path | Sequence[str | Path], *, every: bool = False) -> str:
+    """What there is at some paths: format, learners or average or shards, step, tensors, dtypes.
+
+    Args:
+        paths: a run, or files, folders or globs of checkpoints.
+        every: list all tensors, not the first few.
+
+    Raises:
+        CheckpointError: there is nothing that is known here, or it is damaged or dangerous.
+    """
+    given = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    if len(given) == 1 and (given[0] / RUN_FILE).is_file():
+        return _describe_run(given[0])
+    series = entries(given)
+    lines = []
+    if len(series) > 1:
+        counted = {"step": "steps", "epoch": "epochs"}.get(series[0].counts, "numbers")
+        lines = [
+            f"{given[0]}: {len(series)} checkpoints, {counted} {some((str(e.step) for e in series), 12)}; the last of them:"
+        ]
+    return "\n".join([*lines, *_describe_found(find(series[-1]), every)])
 
 
 def _describe_run(path: Path) -> str:
     run = open_run(path)
-    c, steps = run.config, run.steps
+    c, steps, record = run.config, run.steps, run.record
+    data = record.get("data") or {}
+    imported = record.get("imported", {})
+    assumed = record.get("assumed", [])
     lines = [
-        f"{path}: a run in landscape's format, version {run.record['format_version']}, {run.status}",
-        f"  task {run.task}, {c.algorithm}{f' ({c.order})' if c.algorithm == 'dpsgd' else ''}, {c.num_learners} learners x {c.local_batch_size}, alpha {c.learning_rate:g}, seed {c.seed}",
-        f"  topology {run.record['topology']['name']}, data {run.record['data']['name']} ({run.record['data']['fingerprint']['train']})",
+        f"{path}: a run in landscape's format, version {record['format_version']}, {run.status}",
+        f"  task {run.task or 'unknown'}, {c.algorithm}{f' ({c.order})' if c.algorithm == 'dpsgd' else ''}, {c.num_learners} learners x {c.local_batch_size}, alpha {c.learning_rate:g}, seed {c.seed}"
+        + (f"; assumed, not recorded: {', '.join(assumed)}" if assumed else ""),
+        f"  topology {record['topology']['name']}, data {data.get('name', 'unknown')} ({data.get('fingerprint', {}).get('train') or 'unknown'})",
         f"  {len(steps)} checkpoints"
         + (f": steps {', '.join(map(str, steps[:12]))}{', ...' if len(steps) > 12 else ''}" if steps else ""),
     ]
+    if imported:
+        lines.append(f"  imported from {some(imported['from'], 3)}: {imported['format']}, {imported['kind']}")
+        lines += [f"    {reason}" for reason in imported["reasons"]]
     return "\n".join(lines)
 
 
-def _describe_checkpoint(path: Path) -> str:
-    state = unseal(path / STATE_FILE)
-    lines = [
-        f"{path}: a checkpoint in landscape's format, version {state['format_version']}: {state['num_learners']} learners at step {state['step']}"
-        + (", with momentum" if state["momentum"] else ""),
-    ]
-    for name in sorted(state["files"]):
-        try:
-            with safe_open(path / name, framework="pt") as file:
-                shapes = [(key, file.get_slice(key)) for key in file.keys()]  # noqa: SIM118 - not a dict
-                listed = ", ".join(f"{k} {s.get_dtype()}{list(s.get_shape())}" for k, s in shapes)
-        except (FileNotFoundError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} cannot be read: {error}") from None
-        lines.append(f"  {name}: {listed}")
-    return "\n".join(lines)
+def _describe_found(found: Found, every: bool) -> list[str]:
+    first = found.models[0]
+    count, step = len(found.models), "step unknown" if found.step is None else f"step {found.step}"
+    what = f"{count} learners" if found.kind == "learners" else found.kind
+    total = sum(stored.num_bytes for stored in first.tensors.values())
+    numbers = sum(stored.shape.numel() for stored in first.tensors.values())
+    lines = [f"{found.path}: {found.format}: {what} at {step}"]
+    lines += [f"  {reason}" for reason in found.reasons]
+    each = " each" if count > 1 else ""
+    lines.append(
+        f"  {len(first.tensors)} tensors{each}, {numbers:,} numbers, {_size(total)}{each}: {_types(first.tensors)}"
+    )
+    if found.facts:
+        lines.append("  recorded: " + ", ".join(f"{k} {_short(v)}" for k, v in found.facts.items()))
+    lines += _optimizer(first)
+    lines += [f"  note: {note}" for note in found.notes]
+    if count > 1:
+        lines.append(f"  learners: {some((model.source for model in found.models), 4)}")
+    listed = list(first.tensors.items())
+    width = max((len(name) for name, _ in listed[: None if every else SHOWN]), default=0)
+    lines += [f"    {name:{min(width, 60)}s}  {_said(stored)}" for name, stored in listed[: None if every else SHOWN]]
+    if not every and len(listed) > SHOWN:
+        lines.append(f"    ... and {len(listed) - SHOWN} more (--all lists them)")
+    return lines
+
+
+def _optimizer(model: Weights) -> list[str]:
+    if model.optimizer is None:
+        return ["  optimizer: none that can be read"]
+    slots = ", ".join(f"{slot} of {len(held)} parameters" for slot, held in model.optimizer.slots.items())
+    facts = ", ".join(f"{k} {_short(v)}" for k, v in model.optimizer.facts.items())
+    return ["  optimizer: " + "; ".join(filter(None, (slots, facts)))]
+
+
+def _types(tensors: Mapping[str, Stored]) -> str:
+    counts: dict[str, int] = {}
+    for stored in tensors.values():
+        name = str(stored.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + stored.shape.numel()
+    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def _said(stored: Stored) -> str:
+    return f"{str(stored.dtype).removeprefix('torch.')}{list(stored.shape)}"
+
+
+def _short(value: object) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from landscape.experiments.checkpoint import MeasureConfig
+from landscape.experiments.import_run import ImportConfig
 from landscape.ranks import launched, started
 from landscape.training.config import TrainConfig
 
@@ -132,16 +133,58 @@ class Report:
 
 @dataclass(frozen=True)
 class Inspect:
-    """What a run or checkpoint is: format, learners, steps, tensors. Reads no tensor data."""
+    """What a run or checkpoint is: format, learners or average or shards, step, tensors. Reads no tensor data, runs nothing."""
 
-    path: Annotated[Path, tyro.conf.Positional]
-    """A run directory, or one of its checkpoints."""
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="PATH")]
+    """A run, or files, folders or globs of a checkpoint, whatever wrote it."""
+    all: bool = False
+    """List all tensors."""
 
     def run(self) -> None:
         """Run it."""
         from landscape.checkpoints.inspect import describe
 
-        print(describe(self.path))
+        if not self.paths:
+            raise ValueError("name a run or a checkpoint")
+        print(describe(self.paths, every=self.all))
+
+
+@dataclass(frozen=True)
+class Import:
+    """Write other systems' checkpoints as a run, on which every measure works. Nothing in their files is ever run."""
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="PATH")]
+    """Files, folders or globs (quoted); several steps make one run. A run that a recorder wrote is completed."""
+    out: Path
+    """The run directory."""
+    config: tyro.conf.OmitArgPrefixes[ImportConfig] = field(default_factory=ImportConfig)
+    task: str | None = None
+    """Whose network and data these are, as for train: needed to measure; own ones as module:function."""
+    map: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """OLD=NEW, for names that differ from the task's: * stands for anything, "OLD=" leaves out; may be given several times."""
+    average: bool = False
+    """Keep the average of the learners alone, w_a; BatchNorm's statistics are marked as in need of recalibration."""
+    steps: tuple[int, ...] | None = None
+    """Which steps; all by default."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+    quiet: bool = False
+    """No progress bar, no messages."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.experiments.import_run import import_run
+
+        if not self.paths:
+            raise ValueError("name at least one checkpoint")
+        run = import_run(
+            self.paths, self.out, task=self.task, config=self.config, steps=self.steps, rename=self.map, average=self.average,
+            data_root=self.data_root, overwrite=self.overwrite, quiet=self.quiet,
+        )  # fmt: skip
+        if not self.quiet:
+            print(f"{run.path}: {len(run.steps)} checkpoints of {run.config.num_learners} learners")
 
 
 @dataclass(frozen=True)

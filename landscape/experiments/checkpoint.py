@@ -33,6 +33,7 @@ from landscape.theory.smoothing import (
     SmoothedCurvature,
     smoothed_curvature,
 )
+from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.algorithms import gradient_points
 from landscape.training.config import TrainConfig
 from landscape.training.loop import sum_to_zero
@@ -141,6 +142,15 @@ class Checkpoint:
         record = self.run.record["topology"]
         made = Topology(record["name"], record["num_learners"], record["kind"], np.asarray(record["matrices"]))
         return made.damped(self.config.gamma_at(step))
+
+    @cached_property
+    def thresholds(self) -> dict[str, float]:
+        """Largest stable alpha lambda, by mode."""
+        recorded = self.run.record["topology"].get("thresholds")
+        if recorded is not None:
+            return dict(recorded)
+        c = self.config  # of a recorder, which knows no theory
+        return learning_rate_thresholds(self.topology, c.algorithm, c.order, c.momentum, c.dampening, nesterov=c.nesterov, gammas=c.gamma_range)  # fmt: skip
 
     @cached_property
     def mixing(self) -> Tensor:

@@ -189,16 +189,21 @@ def run_objective(
     """
     ranks = current()
     with ranks.agree():
+        if task is None and not run.task:
+            raise ValueError(
+                f"{run.path} does not say what was trained; write it again with its task: landscape import {run.path} --task TASK --out OTHER"
+            )
         task = task or get_task(run.task)
         train, _ = task.load_data(data_root)
         recorded, here = run.record["data"]["fingerprint"]["train"], train.fingerprint()
-        if here != recorded and not allow_other_data:
+        if recorded is not None and here != recorded and not allow_other_data:
             raise ValueError(
                 f"{run.path} was trained on other data (fingerprint {recorded}, here {here}); allow it with --allow-other-data"
             )
         config = run.config
         where = torch.device(local_device(device)) if device else config.torch_device()
         model = task.initial_model(config.seed)
+        model.load_state_dict(run.frozen, strict=False)
     if len(set(ranks.collect(here))) > 1:
         raise AgreedError("the processes read different data; give all of them the same --data-root")
     budget = None if settings.memory_gb is None else int(settings.memory_gb * 2**30) // 8

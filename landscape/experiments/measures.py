@@ -200,7 +200,7 @@ def _stability(at: Checkpoint) -> xr.Dataset:
         },
         coords={"function": names},
     )
-    for name, value in at.run.record["topology"]["thresholds"].items():
+    for name, value in at.thresholds.items():
         made[f"threshold_{name}"] = (
             (),
             value,

@@ -20,6 +20,9 @@ from landscape.training.topology import Topology
 NOISE_FILE = "noise.safetensors"
 """The profile of SSGD*'s matched noise, in the directory of the run that uses it."""
 
+FOREIGN = ("importing", "imported", "recorded")
+"""What run.json's status says of checkpoints that other programs trained."""
+
 LAUNCH = "launch"
 """Entry of run.json: by which torchrun the run was begun or resumed last."""
 
@@ -37,6 +40,10 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
         if out.is_dir() and not _only_begun(out):
             raise ValueError(f"{out} is not empty and holds no run; choose another directory")
         return False
+    if not overwrite and resume and open_run(out).status in FOREIGN:
+        raise ValueError(
+            f"{out} was not trained by landscape, so it cannot be resumed; landscape replay goes on from one of its checkpoints"
+        )
     if overwrite:
         open_run(out)  # only ever delete what is a run
         shutil.rmtree(out)

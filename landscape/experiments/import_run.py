@@ -1,0 +1,317 @@
+"""Checkpoints of other systems into a run directory, on which every measure works."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from landscape.checkpoints import CheckpointError, Learners, Run, open_run
+from landscape.checkpoints.assemble import Readable, readable
+from landscape.checkpoints.find import entries, find
+from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX, shard_name, step_name
+from landscape.checkpoints.importers.found import Found
+from landscape.checkpoints.naming import some
+from landscape.checkpoints.writer import LearnerTensors, RunWriter, publish, write_learner
+from landscape.experiments.run_directory import claim
+from landscape.functional import FunctionalModel
+from landscape.provenance import provenance
+from landscape.ranks import refuse_several
+from landscape.tasks import Task, get_task
+from landscape.theory.stability import learning_rate_thresholds
+from landscape.training.config import Algorithm, Order, TrainConfig
+from landscape.training.topology import topology as make_topology
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What checkpoints rarely tell of how they were trained. What is not given is what they recorded, or is listed as assumed."""
+
+    algorithm: Algorithm | None = None
+    """How they were trained; by default dpsgd for several learners, ssgd for one model."""
+    order: Order | None = None
+    """DPSGD's order: awc (adapt while communicate), atc (adapt then combine), cta (combine then adapt)."""
+    topology: str | None = None
+    """Who mixed with whom: a name, or a file with a matrix or graph, as for `landscape train`."""
+    learning_rate: float | int | None = None
+    """alpha of the step that follows each checkpoint."""
+    local_batch_size: int | None = None
+    """B, examples a learner a step."""
+    num_learners: int | None = None
+    """Of one model that n learners trained together (ssgd): n, if it is not recorded; each has its weights."""
+    momentum: float | int | None = None
+    """Momentum, local to each learner."""
+    nesterov: bool | None = None
+    """Nesterov momentum."""
+    weight_decay: float | int | None = None
+    """Weight decay."""
+    gamma: float | int | None = None
+    """Controlled disagreement: mixed with (1 - gamma) I + gamma M."""
+    seed: int | None = None
+    """Seed of M(t), where the topology varies; and of the initial weights of the task's model, which are replaced."""
+    device: str | None = None
+    """Where to measure later: cpu or cuda."""
+
+
+def import_run(
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    task: str | Task | None = None,
+    config: ImportConfig | None = None,
+    steps: Sequence[int] | None = None,
+    rename: Sequence[str] = (),
+    average: bool = False,
+    data_root: str | Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Write the checkpoints of another system as a run.
+
+    A series is written step by step and learner by learner: in memory are one learner (all of them for an average) and one tensor.
+
+    Args:
+        paths: files, folders or globs, see `landscape.read_checkpoint`; several steps make one run. A run of ours, which a recorder wrote
+            without saying all, is completed.
+        out: the run directory.
+        task: whose network and data these are: needed to measure the run, and to tell parameters from buffers with certainty.
+        config: how they were trained.
+        steps: which of the steps there are; all by default.
+        rename: rules OLD=NEW for names that differ from the task's.
+        average: keep w_a alone, the average of the learners. BatchNorm's averaged statistics are marked as in need of recalibration,
+            which every measure does.
+        data_root: where the task's data lie.
+        overwrite: replace a run in `out`.
+        quiet: say nothing.
+
+    Raises:
+        ValueError: for anything wrong with the checkpoints or arguments, before anything is written, unless a tensor cannot be read.
+    """
+    refuse_several("import")
+    given = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
+    out, config = Path(out), config or ImportConfig()
+    known = get_task(task) if task is not None else None
+    before = _recorded(given)
+    if known is None and before.get("task"):
+        known = get_task(before["task"])
+    seed = config.seed if config.seed is not None else int(before.get("seed", 0))
+    module = None if known is None else known.initial_model(seed)
+    chosen = _chosen([find(entry) for entry in entries(given)], steps, given)
+    opened = [readable(found, module=module, rename=rename) for found in chosen]
+    _check_series(opened)
+    trained, assumed = _configuration(config, before, opened, average=average)
+    record = {**_record(known, trained, opened, given, data_root=data_root, average=average), "assumed": assumed}
+    for path in given:
+        if out.resolve() == path.resolve() or path.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out} holds what is to be imported; choose another directory")
+    claim(out, resume=False, overwrite=overwrite)
+    if not quiet:
+        _announce(opened, record)
+    model = None if known is None or module is None else FunctionalModel(module, known.loss_fn)
+    told = {f: getattr(trained, f) for f in FACTS if f not in assumed}
+    given_facts = {k: v for k, v in asdict(config).items() if k in FACTS and v is not None}
+    writer = RunWriter(out, record)
+    writer.write_record(status="importing")
+    for one in tqdm(opened, unit="checkpoint", desc="import", disable=quiet or None, delay=2, leave=False):
+        _write_checkpoint(out, one, model, trained, {**told, **one.facts, **given_facts}, average=average)
+    writer.write_record(status="imported")
+    writer.close()
+    return open_run(out)
+
+
+def _recorded(paths: Sequence[Path]) -> dict[str, Any]:
+    """What a run of ours that is to be completed tells: its task and configuration, without what was assumed."""
+    if len(paths) != 1 or not (paths[0] / RUN_FILE).is_file():
+        return {}
+    record = open_run(paths[0]).record
+    known = {k: v for k, v in record["config"].items() if k not in record.get("assumed", ())}
+    return {**known, "task": record.get("task")}
+
+
+def _chosen(found: Sequence[Found], steps: Sequence[int] | None, paths: Sequence[Path]) -> list[Found]:
+    """The checkpoints of the steps asked for, in order, each step once."""
+    by_step: dict[int, Found] = {}
+    for one in found:
+        step = one.step or 0
+        if step in by_step:
+            raise CheckpointError(f"{by_step[step].path} and {one.path} are both of step {step}; give one of them")
+        by_step[step] = one
+    absent = [s for s in steps or () if s not in by_step]
+    if absent or not by_step:
+        raise ValueError(f"{paths[0]} has no checkpoint of step {', '.join(map(str, absent)) or '(any)'}; there are {some(map(str, sorted(by_step)), 20)}")  # fmt: skip
+    return [by_step[s] for s in sorted(by_step) if steps is None or s in steps]
+
+
+def _check_series(opened: Sequence[Readable]) -> None:
+    """Refuse checkpoints that are not of one run: other networks, or another number of learners."""
+    first = opened[0]
+    rows = [
+        f"  step {one.found.step or 0}: {len(one)} learners of {one.layout.num_parameters} parameters, {str(one.dtype).removeprefix('torch.')}"
+        for one in opened
+    ]
+    if any((one.layout, one.dtype, len(one)) != (first.layout, first.dtype, len(first)) for one in opened):
+        raise CheckpointError("\n".join(["the checkpoints are not of one run:", *rows[:20]]))
+
+
+def _configuration(
+    config: ImportConfig, before: dict[str, Any], opened: Sequence[Readable], *, average: bool
+) -> tuple[TrainConfig, list[str]]:
+    """The configuration that the run will have: what was given, else recorded, else a default; and which of it that is."""
+    there = 1 if average else len(opened[0])
+    optimizer = {**before, **opened[0].facts}
+    given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
+    names = {f.name for f in fields(TrainConfig)} - {"num_steps", "checkpoint_every", "log_every"}
+    numbers = ("learning_rate", "momentum", "weight_decay", "gamma")
+    values: dict[str, Any] = {
+        k: float(v) if k in numbers else v for k, v in {**optimizer, **given}.items() if k in names
+    }
+    values.setdefault("algorithm", "ssgd" if there == 1 else "dpsgd")
+    recorded = optimizer.get("num_learners") if opened[0].found.kind == "one model" and not average else None
+    count = given.get("num_learners", recorded or there)
+    if there > 1 and count != there:
+        raise ValueError(f"the checkpoint holds {there} learners, not {count}; leave --num-learners out")
+    if there == 1 and values["algorithm"] not in ("ssgd", "ssgd-star") and given.get("algorithm") is not None:
+        raise ValueError(
+            f"{values['algorithm']} is measured on the weights of each learner, and there is one model; import it as ssgd to measure at it"
+        )
+    if there == 1 and values["algorithm"] not in ("ssgd", "ssgd-star"):
+        values["algorithm"] = "ssgd"
+    values["num_learners"] = count
+    values.setdefault("learning_rate", ASSUMED_LEARNING_RATE)
+    values["num_steps"] = max(1, *(one.found.step or 0 for one in opened))
+    values["dtype"] = "float64" if opened[0].dtype == torch.float64 else "float32"
+    assumed = [
+        f.name
+        for f in fields(config)
+        if f.name not in {**optimizer, **given} and f.name not in ("num_learners", "device", "seed")
+    ]
+    return TrainConfig(**values), assumed
+
+
+FACTS = ("algorithm", "order", "learning_rate", "local_batch_size", "seed")
+"""What each checkpoint of a run tells of the configuration."""
+
+ASSUMED_LEARNING_RATE = 0.1
+"""Stands in the configuration, listed as assumed, where nobody told the rate; measures that need it then ask for it."""
+
+
+def _record(
+    task: Task | None, config: TrainConfig, opened: Sequence[Readable], paths: Sequence[Path], *,
+    data_root: str | Path | None, average: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What run.json says."""
+    graph = make_topology(config.topology, config.num_learners)
+    thresholds = learning_rate_thresholds(
+        graph,
+        config.algorithm,
+        config.order,
+        config.momentum,
+        config.dampening,
+        nesterov=config.nesterov,
+        gammas=config.gamma_range,
+    )
+    data: dict[str, Any] = {"name": "unknown", "fingerprint": {"train": None, "test": None}}
+    if task is not None:
+        train, test = task.load_data(data_root)
+        data = {"name": train.name, "num_train": len(train), "num_test": len(test), "fingerprint": {"train": train.fingerprint(), "test": test.fingerprint()}}  # fmt: skip
+    last = opened[-1]
+    return {
+        "task": "" if task is None else task.name,
+        "config": config.to_json(),
+        "topology": {**graph.summary(), "thresholds": thresholds, "matrices": graph.matrices.tolist()},
+        "data": data,
+        **({} if task is None else {"threshold": task.threshold, "constant_loss": task.constant_loss}),
+        "num_parameters": last.layout.num_parameters,
+        "provenance": provenance(torch.device("cpu")),
+        "imported": {"from": [str(p) for p in paths], "average": average, **last.origin()},
+    }
+
+
+def _announce(opened: Sequence[Readable], record: dict[str, Any]) -> None:
+    """Say what is imported, and what of it cannot be known, on stderr."""
+    last, origin = opened[-1], record["imported"]
+    steps = ", ".join(str(one.found.step or 0) for one in opened[:12]) + (", ..." if len(opened) > 12 else "")
+    lines = [
+        f"{origin['format']}: {origin['kind']}, {len(last)} x {last.layout.num_parameters} parameters, {len(opened)} checkpoints (step {steps})",
+        *(f"  {reason}" for reason in origin["reasons"]),
+        *(f"  note: {note}" for note in origin["notes"]),
+    ]
+    if not record["task"]:
+        lines.append("  no task was given, so the run can be read but not measured; import it again with --task")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _write_checkpoint(
+    out: Path,
+    opened: Readable,
+    model: FunctionalModel | None,
+    config: TrainConfig,
+    told: Mapping[str, Any],
+    *,
+    average: bool,
+) -> None:
+    """One step of the run, whole or not at all; a learner at a time is in memory, or for an average all of them."""
+    first = opened.read().average() if average else opened.read([0])
+    there, count = (1 if average else len(opened)), config.num_learners
+    final = out / CHECKPOINTS / step_name(first.step)
+    folder = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}")
+    folder.mkdir()
+    try:
+        files: dict[str, dict[str, Any]] = {}
+        for j in range(there):
+            files |= write_learner(folder, j, count, _tensors_of(first if j == 0 else opened.read([j]), model))
+        for j in range(there, count):  # learners that all processes had alike
+            files |= _linked(folder, j, count, files)
+        record = {
+            "step": first.step,
+            "num_learners": count,
+            "parameters": [[n, list(s)] for n, s in zip(first.layout.names, first.layout.shapes, strict=True)],
+            "buffers": sorted(first.buffers),
+            "momentum": first.momentum is not None,
+            "moments": sorted(first.moments),
+            "frozen": sorted(first.frozen),
+        }
+        facts = {
+            k: v for k, v in {**first.facts, **told}.items() if k not in {*record, "format", "format_version", "files"}
+        }
+        publish(
+            folder,
+            final,
+            {**record, **facts, "imported": {**first.origin, "from": str(opened.found.path)}, "files": files},
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _tensors_of(learners: Learners, model: FunctionalModel | None) -> LearnerTensors:
+    """One learner as it is written, under all names of the task's network if there is one."""
+    buffers = {n: b[0] for n, b in learners.buffers.items()}
+    if model is None:
+        weights = {**learners.layout.split(learners.weights[0]), **buffers}
+    else:
+        own = {n: b for n, b in model.initial_weights()[1].items() if n not in buffers}  # counters that old files lack
+        weights = {**model.state_dict(learners.weights[0], {**own, **buffers}), **learners.frozen}
+    momentum = None if learners.momentum is None else learners.layout.split(learners.momentum[0])
+    return LearnerTensors(weights, momentum, {n: learners.layout.split(m[0]) for n, m in learners.moments.items()})
+
+
+def _linked(folder: Path, index: int, count: int, files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Further names of the first learner's files, for a learner with the same weights."""
+    made = {}
+    for kind in ("learner", "optimizer"):
+        first, name = shard_name(kind, 0, count), shard_name(kind, index, count)
+        if first in files:
+            try:
+                os.link(folder / first, folder / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(folder / first, folder / name)
+            made[name] = files[first]
+    return made
