@@ -9,6 +9,7 @@ from landscape.checkpoints import Learners as Learners
 from landscape.checkpoints import Run as Run
 from landscape.checkpoints import open_run as open_run
 from landscape.checkpoints import read_checkpoint as read_checkpoint
+from landscape.checkpoints import save_learner as save_learner
 from landscape.curvature import diagonal as diagonal
 from landscape.curvature import fisher as fisher
 from landscape.curvature import frobenius_norm as frobenius_norm
@@ -25,6 +26,8 @@ from landscape.experiments.calibrate import calibrate_noise as calibrate_noise
 from landscape.experiments.checkpoint import MeasureConfig as MeasureConfig
 from landscape.experiments.edge import edge_scorecard as edge_scorecard
 from landscape.experiments.edge import find_edge as find_edge
+from landscape.experiments.import_run import ImportConfig as ImportConfig
+from landscape.experiments.import_run import import_run as import_run
 from landscape.experiments.measure import measure as measure
 from landscape.experiments.replay import compare as compare
 from landscape.experiments.replay import replay as replay
