@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from landscape.checkpoints.format import CheckpointError
-from landscape.checkpoints.importers.found import Found, OptimizerState, Stored, Weights
+from landscape.checkpoints.importers import run_format
+from landscape.checkpoints.importers.dcp import unstack
+from landscape.checkpoints.importers.found import Found, Stored, Weights
+from landscape.checkpoints.importers.sharded import LARGEST_STACK
 from landscape.checkpoints.learners import Learners
 from landscape.checkpoints.naming import SHOWN, Names, Rename, match, some
 from landscape.functional import ParameterLayout
-
-LARGEST_STACK = 4096
-"""Learners in a stack of tensors."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """torch's names of Adam's running averages of the gradient and of its square."""
@@ -50,7 +52,7 @@ class Readable:
         found, names, layout = self.found, self.names, self.layout
         models = [found.models[j] for j in (range(len(self)) if which is None else which)]
         first = models[0]
-        weights = torch.empty(len(models), layout.num_parameters, dtype=self.dtype)
+        weights = _empty(len(models), layout.num_parameters, self.dtype)
         for row, model in zip(weights, models, strict=True):
             _fill(layout.split(row), {name: model.tensors[old] for name, old in names.parameters.items()}, model.source)
         buffers: dict[str, Tensor] = {}
@@ -59,7 +61,9 @@ class Readable:
             buffers[name] = torch.empty(len(models), *stored.shape, dtype=stored.dtype)
             for row, model in zip(buffers[name], models, strict=True):
                 _put(row, model.tensors[old], name, model.source)
-        moments, notes = _moments(models, names, layout, self.dtype)
+        moments, notes = _moments(found.models, models, names, layout)
+        if found.step is None:
+            notes.append("its step is not recorded, and stands as 0")
         return Learners(
             step=found.step or 0,
             weights=weights,
@@ -93,9 +97,7 @@ class Readable:
         }
 
 
-def readable(
-    found: Found, *, module: nn.Module | None = None, rename: Sequence[str] = (), names: Names | None = None
-) -> Readable:
+def readable(found: Found, *, module: nn.Module | None = None, rename: Sequence[str] = ()) -> Readable:
     """Tell whose each tensor is, and check that all learners are of one network; no tensor is read but frozen ones.
 
     Args:
@@ -103,11 +105,13 @@ def readable(
         module: whose parameters these are: their order, which are trained, which tied. Without it the order is the checkpoint's. If the
             checkpoint's tensors are all the module's stacked along a further leading axis, each slice is a learner.
         rename: rules OLD=NEW, see `naming.Rename`.
-        names: which tensor is which, if it is known and neither `module` nor `rename` have a say.
 
     Raises:
         CheckpointError: names or shapes do not fit, or learners differ in them or in their types.
     """
+    names: Names | None = None
+    if module is None and not rename and found.format == run_format.FORMAT:
+        names = run_format.names_of(run_format.read_state(found.path), found.models[0].tensors)
     if names is None:
         rules = [Rename.parse(text) for text in rename]
         try:
@@ -128,13 +132,16 @@ def _unstacked(found: Found, module: nn.Module, rules: Sequence[Rename], error: 
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(found.models) != 1 or len(sizes) != 1 or not 0 < min(sizes) <= LARGEST_STACK:
         raise error
-    from landscape.checkpoints.importers.dcp import unstack
-
     learners = unstack(found, sizes.pop())
     try:
         return learners, match(learners.models[0].tensors, module, rules, learners.models[0].source)
     except CheckpointError:
         raise error from None
+
+
+def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for weights; numpy asks for it in huge pages, whose first use costs a fraction."""
+    return torch.from_numpy(np.empty(rows * columns * dtype.itemsize, np.uint8)).view(dtype).view(rows, columns)
 
 
 def _fill(into: Mapping[str, Tensor], tensors: Mapping[str, Stored], source: str) -> None:
@@ -143,10 +150,9 @@ def _fill(into: Mapping[str, Tensor], tensors: Mapping[str, Stored], source: str
 
 
 def _put(into: Tensor, stored: Stored, name: str, source: str) -> None:
-    tensor = stored.read()
-    if tensor.shape != into.shape:
-        raise CheckpointError(f"{source}: {name} has shape {list(tensor.shape)}, not {list(into.shape)} as announced")
-    into.copy_(tensor)
+    if stored.shape != into.shape:
+        raise CheckpointError(f"{source}: {name} has shape {list(stored.shape)}, not {list(into.shape)}")
+    stored.read_into(into)
 
 
 def _common_type(model: Weights, names: Names) -> torch.dtype:
@@ -188,24 +194,24 @@ def _said(stored: Stored | None) -> str:
 
 
 def _moments(
-    models: Sequence[Weights], names: Names, layout: ParameterLayout, dtype: torch.dtype
+    every: Sequence[Weights], models: Sequence[Weights], names: Names, layout: ParameterLayout
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The optimizers' state, (n, d) each, where all learners have it and it fits; and why what was left out was."""
-    states = [model.optimizer for model in models]
+    """The optimizers' state (n, d) of some learners, where every learner has it and it fits; and why what was left out was."""
+    states = [model.optimizer for model in every]
     found: dict[str, Tensor] = {}
     notes: list[str] = []
     for slot in ("momentum_buffer", *MOMENTS):
         if not any(state is not None and state.slots.get(slot) for state in states):
             continue
-        chosen = [_of_parameters(state, slot, names, layout) for state in states]
-        if any(each is None for each in chosen):
+        if any(_of_parameters(model, slot, names, layout) is None for model in every):
             notes.append(
                 f"the optimizer's {slot} was left out: it does not fit the parameters, or not every learner has it"
             )
             continue
+        chosen = [_of_parameters(model, slot, names, layout) or {} for model in models]
+        dtype = functools.reduce(torch.promote_types, [s.dtype for each in chosen for s in each.values()])
         found[slot] = torch.zeros(len(models), layout.num_parameters, dtype=dtype)
         for row, each, model in zip(found[slot], chosen, models, strict=True):
-            assert each is not None
             _fill(layout.split(row), each, model.source)
             if len(each) < len(layout.names):
                 notes.append(
@@ -214,10 +220,9 @@ def _moments(
     return found, notes
 
 
-def _of_parameters(
-    state: OptimizerState | None, slot: str, names: Names, layout: ParameterLayout
-) -> dict[str, Stored] | None:
+def _of_parameters(model: Weights, slot: str, names: Names, layout: ParameterLayout) -> dict[str, Stored] | None:
     """One slot by the module's names; None where it cannot be told whose it is."""
+    state = model.optimizer
     held = {} if state is None else state.slots.get(slot, {})
     by_index = {key: stored for key, stored in held.items() if isinstance(key, int)}
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
@@ -228,17 +233,25 @@ def _of_parameters(
             return None
         chosen = {olds[str(key)]: stored for key, stored in held.items() if key in olds}
     else:
-        numbered = _numbered(by_index, names, shapes)
-        if numbered is None:
+        assert state is not None
+        numbered = _numbered(by_index, names, shapes, state.num_parameters)
+        if numbered is None or not (model.ordered or names.by_module):
             return None
         chosen = numbered
     return chosen if all(stored.shape == shapes[name] for name, stored in chosen.items()) else None
 
 
-def _numbered(held: Mapping[int, Stored], names: Names, shapes: Mapping[str, torch.Size]) -> dict[str, Stored] | None:
-    """An optimizer numbers the parameters that it was given: all of the network's, or those that are trained; None if neither or both fit."""
+def _numbered(
+    held: Mapping[int, Stored], names: Names, shapes: Mapping[str, torch.Size], count: int | None
+) -> dict[str, Stored] | None:
+    """An optimizer numbers the parameters that it was given: all of the network's, or those that are trained; None if neither or both fit.
+
+    Without the count of those it was given, it must hold the state of every one.
+    """
     fitting = []
     for order in dict.fromkeys((names.order, tuple(shapes))):
+        if len(order) != (len(held) if count is None else count):
+            continue
         if all(0 <= i < len(order) and shapes.get(order[i]) == stored.shape for i, stored in held.items()):
             fitting.append({order[i]: stored for i, stored in held.items()})
     return fitting[0] if len({tuple(each) for each in fitting}) == 1 else None

@@ -73,7 +73,7 @@ def recorder_callback(
 
 def import_lightning() -> Any:
     """lightning.pytorch, or pytorch_lightning where that has been imported or nothing else is installed; also beside a torchvision whose compiled operators do not fit torch."""
-    wanted = [name for name in PACKAGES if name in sys.modules] or [
+    wanted = [name for name in PACKAGES if sys.modules.get(name) is not None] or [
         name for name in PACKAGES if importlib.util.find_spec(name.split(".")[0]) is not None
     ]
     if not wanted:

@@ -26,6 +26,7 @@ the weights that it saves, so these belong to the checkpoints that follow. The o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -88,9 +89,7 @@ def deliver(
     step = record["step"]
     pending, final = pending_folder(checkpoints, step, me.count), checkpoints / step_name(step)
     folder, mark = pending / me.named("rank"), pending / f"{me.named('mark')}.json"
-    pending.mkdir(parents=True, exist_ok=True)
-    _withdraw(mark, folder)
-    begun = beginning(folder)
+    begun = _enter(mark, folder)
     try:
         _refuse_namesake(final, me, begun)
         files = write_learner(folder, me.rank, me.count, tensors)
@@ -106,7 +105,7 @@ def deliver(
     except BaseException as error:
         if isinstance(error, OSError) or not mark.exists():  # else it lets the others see who is not alike
             _withdraw(mark, folder)
-        if isinstance(error, FileNotFoundError):  # a namesake has completed the step, and cleared up
+        if isinstance(error, OSError):  # because a namesake has just completed the step, and cleared up
             _refuse_namesake(final, me, begun)
         raise
     return files
@@ -140,6 +139,16 @@ def restore_replaced(checkpoints: Path) -> None:
             os.rename(aside, final)
 
 
+def _enter(mark: Path, folder: Path) -> float:
+    """Make this process's folder, and tell when it began, see `beginning`."""
+    for _ in range(3):
+        with suppress(FileNotFoundError):  # a namesake has just completed the step, and cleared up
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _withdraw(mark, folder)  # of a try that failed
+            return beginning(folder)
+    raise FileNotFoundError(errno.ENOENT, "its folder is taken away again and again", str(folder))
+
+
 def _withdraw(mark: Path, folder: Path) -> None:
     """Take back what this process has written of a step."""
     with suppress(OSError):
@@ -165,6 +174,7 @@ def _complete(pending: Path, final: Path, me: Process, begun: float) -> None:
                 empty.rmdir()
         return
     try:
+        _refuse_namesake(final, me, begun)
         replaced = _let_appear(pending, whole, final, [found[rank] for rank in range(me.count)], me.job)
     finally:
         shutil.rmtree(pending, ignore_errors=True)

@@ -78,6 +78,7 @@ class Names:
         frozen: parameters that require no gradient.
         order: all parameters, trained and frozen, in named_parameters order.
         extra: names of the checkpoint that no module's name took.
+        by_module: whether a module told the order, and not the checkpoint.
     """
 
     parameters: Mapping[str, str]
@@ -85,6 +86,7 @@ class Names:
     frozen: Mapping[str, str]
     order: tuple[str, ...]
     extra: tuple[str, ...] = ()
+    by_module: bool = False
 
 
 def match(tensors: Mapping[str, Stored], module: nn.Module | None, rules: Sequence[Rename], source: str) -> Names:
@@ -154,7 +156,7 @@ def _is_statistic(name: str) -> bool:
 
 def _onto(tensors: Mapping[str, Stored], renamed: dict[str, str], module: nn.Module, source: str) -> Names:
     wanted = module.state_dict(keep_vars=True)
-    strip, put = _prefixes(tensors, renamed, wanted)
+    strip, put = _prefixes(tensors, renamed, wanted, source)
     there = {put + name.removeprefix(strip): old for name, old in renamed.items() if name.startswith(strip)}
     trained = [n for n, p in module.named_parameters() if p.requires_grad]
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
@@ -174,6 +176,8 @@ def _onto(tensors: Mapping[str, Stored], renamed: dict[str, str], module: nn.Mod
         fitting = [n for n in names if tensors[there[n]].shape == tensor.shape]
         if fitting:
             found[name] = there[fitting[0]]
+            problems += [(other, f"is tied to {name} in the model, but another tensor in the file") for other in fitting[1:]
+                         if not _is_same(tensors[there[fitting[0]]], tensors[there[other]])]  # fmt: skip
         elif names:
             problems.append(
                 (name, f"{_shape(tensor.shape)} in the model, {_shape(tensors[there[names[0]]].shape)} in the file")
@@ -189,11 +193,16 @@ def _onto(tensors: Mapping[str, Stored], renamed: dict[str, str], module: nn.Mod
         {n: found[n] for n in frozen},
         tuple(first),
         tuple(old for old in extra if old in renamed.values()),
+        by_module=True,
     )
 
 
+def _is_same(one: Stored, other: Stored) -> bool:
+    return (one.alias is not None and one.alias == other.alias) or torch.equal(one.read(), other.read())
+
+
 def _prefixes(
-    tensors: Mapping[str, Stored], renamed: Mapping[str, str], wanted: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, Stored], renamed: Mapping[str, str], wanted: Mapping[str, torch.Tensor], source: str
 ) -> tuple[str, str]:
     """What to take off the checkpoint's names and what to put before them so that most fit the module's, by name and shape."""
     candidates = {("", "")}
@@ -204,17 +213,26 @@ def _prefixes(
     # a leading wrapper that the first names of the module do not show (they may be missing)
     candidates |= {(f"{prefix}.", "") for prefix in BEFORE}
 
-    def fitting(candidate: tuple[str, str]) -> tuple[int, int]:
+    def fitting(candidate: tuple[str, str]) -> set[str]:
         strip, put = candidate
-        count = sum(
-            name.startswith(strip)
+        return {
+            old
+            for name, old in renamed.items()
+            if name.startswith(strip)
             and (to := put + name.removeprefix(strip)) in wanted
             and wanted[to].shape == tensors[old].shape
-            for name, old in renamed.items()
-        )
-        return count, -len(strip) - len(put)
+        }
 
-    return max(sorted(candidates), key=fitting)
+    fits = {candidate: fitting(candidate) for candidate in sorted(candidates)}
+    best = max(fits, key=lambda c: (len(fits[c]), -len(c[0]) - len(c[1])))
+    rivals = [c for c in fits if c != best and len(fits[c]) == len(fits[best]) and not fits[c] & fits[best]]
+    if rivals and fits[best] and best != ("", ""):
+        prefixes = sorted({c[0] for c in (best, *rivals)})
+        raise CheckpointError(
+            f"{source} holds several networks that fit, under {', '.join(prefixes)}; leave out all but one of them with --map, such as "
+            f"--map '{prefixes[-1]}*=' (rename=[...])"
+        )
+    return best
 
 
 def _table(

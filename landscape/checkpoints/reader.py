@@ -19,6 +19,7 @@ from landscape.checkpoints.format import (
     METRICS_FILE,
     RUN_FILE,
     STEP_PATTERN,
+    CheckpointError,
     step_name,
     unseal,
 )
@@ -43,7 +44,10 @@ class Run:
     @cached_property
     def config(self) -> TrainConfig:
         """The full configuration."""
-        return TrainConfig.from_json(self.record["config"])
+        try:
+            return TrainConfig.from_json(self.record["config"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{self.path / RUN_FILE} is damaged: {error}") from None
 
     @property
     def task(self) -> str:
@@ -52,7 +56,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """running (or killed), interrupted, complete or diverged."""
+        """running (or killed), interrupted, complete or diverged; of other programs' checkpoints importing (or killed), imported, recorded."""
         return str(self.record["status"])
 
     @property
@@ -164,10 +168,7 @@ def read_checkpoint(
 def _read_own(path: Path, learners: range | None) -> Learners:
     found = run_format.find(path, learners)
     assert found is not None
-    state = run_format.read_state(path)
-    names = run_format.names_of(state)
-    present = {n: o for n, o in names.buffers.items() if o in found.models[0].tensors}  # some are not in a state_dict
-    return replace(readable(found, names=replace(names, buffers=present)).read(), origin=state.get("imported", {}))
+    return replace(readable(found).read(), origin=run_format.read_state(path).get("imported", {}))
 
 
 def restore_state(learners: Learners, fresh: LearnerState) -> LearnerState:

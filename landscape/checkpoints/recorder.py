@@ -72,7 +72,8 @@ def save_learner(
     Every process calls this with the same directory and steps, without waiting for the others. A checkpoint appears whole or not at all: if a
     process dies while it saves, that step does not appear, and earlier ones are untouched. Saving a step again does no harm: in the same
     process it must be the same weights; what an earlier job saved there is replaced. Where one process has all there is to keep (DDP: all have
-    the same weights), let that one save, with rank=0, world_size=1.
+    the same weights), let that one save, with rank=0, world_size=1; where it has several learners, let it save one after another, each as its
+    own rank.
 
     The model, the optimizer and the random state are left alone. Nothing is sent between processes; those with a process group look up one
     word in its store, so that what a killed job left is never taken for this one's. Without one, files tell by their dates
@@ -119,7 +120,7 @@ def save_learner(
     config, assumed = _configuration({**settings, **given}, default, me.count, network)
     graph = _topology(config.topology, me.count)
     tensors = LearnerTensors(_weights(network), slots.pop("momentum_buffer", None), slots)
-    out, saved = Path(directory), _saved(me.word, str(Path(directory).absolute()))
+    out, saved = Path(directory), _saved(me.named("rank"), str(Path(directory).absolute()))
     final = out / CHECKPOINTS / step_name(step)
     if saved.get(step) and is_there(final.parent, me, step):
         with told(f"the checkpoint of step {step}", final):
@@ -150,8 +151,8 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 
 @functools.cache
-def _saved(word: str, directory: str) -> dict[int, dict[str, Any]]:
-    """What a process has saved in a directory: files by step, none for a step where it failed."""
+def _saved(name: str, directory: str) -> dict[int, dict[str, Any]]:
+    """What a process has saved in a directory as one of its ranks: files by step, none for a step where it failed."""
     return {}
 
 
@@ -267,14 +268,13 @@ def _check_run(out: Path, me: Process, network: nn.Module, given: Mapping[str, A
     if not first or not (out / RUN_FILE).is_file():
         return
     record = unseal(out / RUN_FILE)
-    other = f"{out} holds another run, %s; choose another directory"
     if "recorded" not in record:
-        raise ValueError(other % "which landscape wrote itself")
+        raise ValueError(f"{out} holds a run that landscape trained or imported; choose another directory")
     mine = {"num_learners": me.count, "num_parameters": ParameterLayout.of(network).num_parameters, **{k: v for k, v in given.items() if k in IDENTITY}}  # fmt: skip
     theirs = {**record["recorded"]["given"], "num_learners": record["config"]["num_learners"], "num_parameters": record["num_parameters"]}  # fmt: skip
     for name, value in mine.items():
         if name in theirs and theirs[name] != value:
-            raise ValueError(other % f"with {name} {theirs[name]}, not {value}")
+            raise ValueError(f"{out} holds a run with {name} {theirs[name]}, and rank {me.rank} has {value}; give all ranks the same, or choose another directory")  # fmt: skip
 
 
 def _write_run(
@@ -298,4 +298,8 @@ def _write_run(
         "status": "recorded",
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / RUN_FILE, seal(json.loads(json.dumps(record))))
+    try:
+        write_atomically(out / RUN_FILE, seal(json.loads(json.dumps(record))))
+    except FileNotFoundError:  # another process that is rank 0 too was faster, of which the marks will tell
+        if not (out / RUN_FILE).is_file():
+            raise

@@ -174,7 +174,7 @@ def _objective(run: Run, task: Task | None, data_root: str | Path | None, device
     task, config = task or get_task(run.task), run.config
     train_data, _ = task.load_data(data_root)
     recorded = run.record["data"]["fingerprint"]["train"]
-    if train_data.fingerprint() != recorded:
+    if recorded is not None and train_data.fingerprint() != recorded:
         raise ValueError(
             f"{run.path} was trained on other data (fingerprint {recorded}, here {train_data.fingerprint()})"
         )

@@ -81,6 +81,26 @@ class Checkpoint:
         self.config: TrainConfig = run.config
         self.seed = streams.at_step(settings.seed, step)
         self.learners: Learners = run.learners(step)
+        self._check_network()
+
+    def _check_network(self) -> None:
+        """Refuse weights that are not of the task's network, name for name."""
+        own, theirs = self._objective.model.layout, self.learners.layout
+        frozen = dict(self._objective.model.module.named_parameters())
+        if own != theirs:
+            pairs = zip(
+                zip(own.names, own.shapes, strict=True), zip(theirs.names, theirs.shapes, strict=True), strict=False
+            )
+            first = next((f"{a[0]} {list(a[1])} there, {b[0]} {list(b[1])} here" for a, b in pairs if a != b), f"{len(own.names)} parameters there, {len(theirs.names)} here")  # fmt: skip
+            raise ValueError(
+                f"the parameters of {self.run.path} are not those of task {self.task.name} in name, shape and order ({first}); "
+                f"landscape import {self.run.path} --task {self.task.name} --out OTHER puts them in its order"
+            )
+        for name, tensor in self.learners.frozen.items():
+            if name in frozen and not torch.equal(frozen[name].detach().cpu(), tensor.to(frozen[name].dtype)):
+                raise ValueError(
+                    f"{name} is frozen in task {self.task.name}, but differs between the checkpoints of {self.run.path}"
+                )
 
     @cached_property
     def objective(self) -> Objective:

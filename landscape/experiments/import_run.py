@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
 import sys
@@ -19,14 +21,16 @@ from landscape.checkpoints.find import entries, find
 from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX, shard_name, step_name
 from landscape.checkpoints.importers.found import Found
 from landscape.checkpoints.naming import some
+from landscape.checkpoints.recorder import ASSUMED_LEARNING_RATE
 from landscape.checkpoints.writer import LearnerTensors, RunWriter, publish, write_learner
 from landscape.experiments.run_directory import claim
 from landscape.functional import FunctionalModel
 from landscape.provenance import provenance
 from landscape.ranks import refuse_several
-from landscape.tasks import Task, get_task
+from landscape.tasks import TASKS, Task, get_task
 from landscape.theory.stability import learning_rate_thresholds
-from landscape.training.config import Algorithm, Order, TrainConfig
+from landscape.training.config import ALGORITHMS, ORDERS, Algorithm, Order, TrainConfig
+from landscape.training.topology import TOPOLOGIES
 from landscape.training.topology import topology as make_topology
 
 
@@ -99,18 +103,18 @@ def import_run(
     out, config = Path(out), config or ImportConfig()
     known = get_task(task) if task is not None else None
     before = _recorded(given)
-    if known is None and before.get("task"):
+    if known is None and before.get("task") in TASKS:  # another would have code imported that a file names
         known = get_task(before["task"])
     seed = config.seed if config.seed is not None else int(before.get("seed", 0))
     module = None if known is None else known.initial_model(seed)
-    chosen = _chosen([find(entry) for entry in entries(given)], steps, given)
+    there = entries(given)
+    wanted = [e for e in there if steps is None or e.counts != "step" or e.step is None or e.step in steps]
+    chosen = _chosen([find(entry) for entry in wanted or there], steps, given)
     opened = [readable(found, module=module, rename=rename) for found in chosen]
     _check_series(opened)
     trained, assumed = _configuration(config, before, opened, average=average)
     record = {**_record(known, trained, opened, given, data_root=data_root, average=average), "assumed": assumed}
-    for path in given:
-        if out.resolve() == path.resolve() or path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"{out} holds what is to be imported; choose another directory")
+    _check_apart(out, [path for entry in there for path in entry.paths])
     claim(out, resume=False, overwrite=overwrite)
     if not quiet:
         _announce(opened, record)
@@ -120,7 +124,8 @@ def import_run(
     writer = RunWriter(out, record)
     writer.write_record(status="importing")
     for one in tqdm(opened, unit="checkpoint", desc="import", disable=quiet or None, delay=2, leave=False):
-        _write_checkpoint(out, one, model, trained, {**told, **one.facts, **given_facts}, average=average)
+        facts = {**told, **one.facts, **given_facts, "algorithm": trained.algorithm}
+        _write_checkpoint(out, one, model, trained, facts, average=average)
     writer.write_record(status="imported")
     writer.close()
     return open_run(out)
@@ -132,7 +137,20 @@ def _recorded(paths: Sequence[Path]) -> dict[str, Any]:
         return {}
     record = open_run(paths[0]).record
     known = {k: v for k, v in record["config"].items() if k not in record.get("assumed", ())}
+    if known.get("topology") not in TOPOLOGIES:  # a file that is not read again
+        known.pop("topology", None)
     return {**known, "task": record.get("task")}
+
+
+def _check_apart(out: Path, paths: Sequence[Path]) -> None:
+    """Refuse to write over what is to be imported, wherever links lead."""
+    home = out.resolve()
+    for path in paths:
+        within = itertools.islice(path.rglob("*"), 100_000) if path.is_dir() else ()
+        for each in (path, *within):
+            real = each.resolve()
+            if real.is_relative_to(home):
+                raise ValueError(f"{out} holds what is to be imported ({each}); choose another directory")
 
 
 def _chosen(found: Sequence[Found], steps: Sequence[int] | None, paths: Sequence[Path]) -> list[Found]:
@@ -165,7 +183,10 @@ def _configuration(
 ) -> tuple[TrainConfig, list[str]]:
     """The configuration that the run will have: what was given, else recorded, else a default; and which of it that is."""
     there = 1 if average else len(opened[0])
-    optimizer = {**before, **opened[0].facts}
+    optimizer = {**before, **{k: v for k, v in opened[0].facts.items() if _is_sound(k, v)}}
+    rates = [one.facts.get("learning_rate") for one in opened]
+    if optimizer.get("learning_rate", 1) == 0:  # the first step of a warm-up
+        optimizer["learning_rate"] = next((r for r in rates if isinstance(r, float) and r > 0), ASSUMED_LEARNING_RATE)
     given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
     names = {f.name for f in fields(TrainConfig)} - {"num_steps", "checkpoint_every", "log_every"}
     numbers = ("learning_rate", "momentum", "weight_decay", "gamma")
@@ -173,7 +194,15 @@ def _configuration(
         k: float(v) if k in numbers else v for k, v in {**optimizer, **given}.items() if k in names
     }
     values.setdefault("algorithm", "ssgd" if there == 1 else "dpsgd")
-    recorded = optimizer.get("num_learners") if opened[0].found.kind == "one model" and not average else None
+    recorded = opened[0].facts.get("num_learners") if opened[0].found.kind == "one model" and not average else None
+    if (
+        "num_learners" not in given
+        and recorded is not None
+        and not (type(recorded) is int and 0 < recorded <= MOST_LEARNERS)
+    ):
+        raise ValueError(
+            f"the checkpoint records {str(recorded)[:100]} processes; tell how many there were with --num-learners"
+        )
     count = given.get("num_learners", recorded or there)
     if there > 1 and count != there:
         raise ValueError(f"the checkpoint holds {there} learners, not {count}; leave --num-learners out")
@@ -192,14 +221,26 @@ def _configuration(
         for f in fields(config)
         if f.name not in {**optimizer, **given} and f.name not in ("num_learners", "device", "seed")
     ]
+    if there == 1 and recorded is None and "num_learners" not in given:
+        assumed.append("num_learners")
     return TrainConfig(**values), assumed
 
 
+def _is_sound(name: str, value: Any) -> bool:
+    """Whether a fact of a file may stand in the configuration: one that describes the training, of the right type."""
+    if name in ("learning_rate", "momentum", "dampening", "weight_decay"):
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    if name in ("local_batch_size", "seed"):
+        return type(value) is int and 0 <= value < 1 << 62
+    known: dict[str, tuple[Any, ...]] = {"algorithm": ALGORITHMS, "order": ORDERS, "nesterov": (True, False)}
+    return name in known and type(value) in (str, bool) and value in known[name]
+
+
+MOST_LEARNERS = 4096
+"""Processes that a file may claim to have trained one model."""
+
 FACTS = ("algorithm", "order", "learning_rate", "local_batch_size", "seed")
 """What each checkpoint of a run tells of the configuration."""
-
-ASSUMED_LEARNING_RATE = 0.1
-"""Stands in the configuration, listed as assumed, where nobody told the rate; measures that need it then ask for it."""
 
 
 def _record(
@@ -245,6 +286,13 @@ def _announce(opened: Sequence[Readable], record: dict[str, Any]) -> None:
     ]
     if not record["task"]:
         lines.append("  no task was given, so the run can be read but not measured; import it again with --task")
+    if record["assumed"]:
+        lines.append(f"  assumed, as nobody told: {', '.join(record['assumed'])}")
+    numbers = [one.found.step for one in opened]
+    if len(opened) > 1 and numbers == list(range(len(opened))):
+        lines.append(
+            "  the numbers in the names are taken for steps; if they are those of processes, let links to the files be called ..._rank0, ..._rank1"
+        )
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -295,7 +343,7 @@ def _tensors_of(learners: Learners, model: FunctionalModel | None) -> LearnerTen
     """One learner as it is written, under all names of the task's network if there is one."""
     buffers = {n: b[0] for n, b in learners.buffers.items()}
     if model is None:
-        weights = {**learners.layout.split(learners.weights[0]), **buffers}
+        weights = {**learners.layout.split(learners.weights[0]), **buffers, **learners.frozen}
     else:
         own = {n: b for n, b in model.initial_weights()[1].items() if n not in buffers}  # counters that old files lack
         weights = {**model.state_dict(learners.weights[0], {**own, **buffers}), **learners.frozen}

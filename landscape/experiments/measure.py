@@ -62,6 +62,8 @@ def measure(
     with started(_kind_of_device(run, device), timeout) as ranks:
         with ranks.agree():
             run = open_run(run) if isinstance(run, str | Path) else run
+            if run.status == "importing":
+                raise ValueError(f"{run.path} was not imported to the end; import it again with --overwrite")
             chosen = _chosen(run, measures, steps)
         objective, task, fingerprint = run_objective(run, task, data_root, device, allow_other_data, settings)
         path = run.path / MEASUREMENTS_FILE
@@ -84,7 +86,10 @@ def measure(
                 return Checkpoint(run, step, task, objective, settings)
 
         silent = quiet or not ranks.leads
-        marks = {"settings": identity, **_facts(run)}
+        assumed = run.record.get("assumed", [])
+        marks = {"settings": identity, **_facts(run), **({"assumed": ", ".join(assumed)} if assumed else {})}
+        if assumed and not silent:
+            print(f"nobody told {', '.join(assumed)}: what hangs on them (thresholds, mixing, predictions) is for assumed values; tell them to landscape import", file=sys.stderr)  # fmt: skip
         skipped = _extend(groups, todo, checkpoint, save, marks, ranks, silent)
         if skipped:
             if not silent:

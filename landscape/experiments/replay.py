@@ -109,6 +109,10 @@ def replay(
     }  # fmt: skip
     if isinstance(topology, str):
         wanted["topology"] = topology
+    told = {name for name, value in wanted.items() if value is not None}
+    unknown = {"learning_rate", "local_batch_size"} & set(run.record.get("assumed", ())) - told
+    if unknown:
+        raise ValueError(f"nobody told the {' and '.join(sorted(unknown))} of {run.path}; give it to landscape import")
     config = _changed(run.config, {name: value for name, value in wanted.items() if value is not None})
     _check_steps(run, step, config)
     if config.algorithm == "ssgd-star" != run.config.algorithm and not config.sigma0:

@@ -6,6 +6,8 @@ from tests.benchmarks import (
     bench_distributed_measure,
     bench_gram,
     bench_noise,
+    bench_reading,
+    bench_recorder,
     bench_stacked_step,
 )
 
@@ -16,3 +18,5 @@ if __name__ == "__main__":
     bench_noise.main()
     bench_distributed.main([])
     bench_distributed_measure.main([])
+    bench_reading.main([])
+    bench_recorder.main()

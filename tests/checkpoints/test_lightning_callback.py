@@ -1,6 +1,7 @@
+"""The recorder as a Lightning callback, under torchrun on two processes."""
+
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,52 +10,57 @@ from pathlib import Path
 import pytest
 import torch
 
-import landscape as ls
-from landscape.checkpoints.lightning_callback import recorder_callback
+from landscape.checkpoints import open_run
+from landscape.checkpoints.lightning_callback import import_lightning, recorder_callback
 
-SCRIPT = Path(__file__).parent / "lightning_nursery.py"
-needs_lightning = pytest.mark.skipif(
-    importlib.util.find_spec("lightning") is None, reason="needs lightning; not installed"
-)
+HERE = Path(__file__).parent
 
 
-@needs_lightning
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recorded")
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "recorder_lightning.py"), str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
 @pytest.mark.slow
-def test_every_process_is_recorded_under_torchrun(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    run = ls.open_run(tmp_path / "run")
-    assert run.steps == [3, 6]
-    assert (run.config.algorithm, run.config.num_learners, run.config.learning_rate, run.config.momentum) == (
-        "ssgd",
-        2,
-        0.1,
-        0.9,
-    )
-    learners = run.learners(6)
-    assert learners.consensus_distance == 0
-    for rank in range(2):
-        state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        for name, tensor in learners.parameters(rank).items():
-            assert torch.equal(tensor, state[name])
-        for name, buffer in learners.buffers.items():
-            assert torch.equal(buffer[rank], state[name])
-    assert not torch.equal(learners.buffers["net.1.running_mean"][0], learners.buffers["net.1.running_mean"][1])
+def test_lightnings_training_is_recorded_to_the_bit(recorded: Path) -> None:
+    """At optimizer steps, of which two batches make one; also the last, which is none of every second."""
+    run = open_run(recorded / "network")
+    assert run.steps == [0, 2, 4, 5]
+    for step in run.steps:
+        learners = run.learners(step)
+        assert len(learners) == 2
+        assert learners.consensus_distance == 0
+        assert torch.equal(*learners.buffers["1.running_mean"]) == (step == 0)  # of each its own
+        for rank in (0, 1):
+            truth = torch.load(recorded / "truth" / f"{step}-{rank}.pt", weights_only=True)
+            read = {**learners.parameters(rank), **{n: b[rank] for n, b in learners.buffers.items()}}
+            assert read.keys() == truth["model"].keys()
+            assert all(torch.equal(read[name], tensor) for name, tensor in truth["model"].items())
+            assert set(learners.moments) == ({"exp_avg", "exp_avg_sq"} if step else set())
+            for slot, moments in learners.moments.items():
+                expected = [each[slot].flatten() for each in truth["optimizer"]["state"].values()]
+                assert torch.equal(moments[rank], torch.cat(expected))
+        assert (learners.facts["learning_rate"], learners.facts["local_batch_size"]) == (0.01, 8)
+    assert (run.task, run.config.algorithm, run.config.num_learners) == ("mnist-mlp", "ssgd", 2)
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in run.steps]
 
 
-def test_steps_between_checkpoints_are_checked(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_whole_module_is_recorded_under_its_own_names(recorded: Path) -> None:
+    whole, network = open_run(recorded / "whole"), open_run(recorded / "network")
+    assert whole.steps == [0, 4, 5]
+    assert torch.equal(whole.learners(4).weights, network.learners(4).weights)
+    assert [f"net.{name}" for name in network.learners(4).layout.names] == list(whole.learners(4).layout.names)
+
+
+def test_the_callback_is_lightnings(tmp_path: Path) -> None:
+    assert isinstance(recorder_callback(tmp_path, 3), import_lightning().Callback)
     with pytest.raises(ValueError, match="every_num_steps must be at least 1, not 0"):
         recorder_callback(tmp_path, 0)
 

@@ -89,12 +89,29 @@ def test_of_tied_tensors_a_file_may_hold_only_one(left: str) -> None:
     assert names.parameters["first.weight"] == left
 
 
+def test_tensors_that_are_tied_in_the_module_must_be_one_in_the_file() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"last\.weight  is tied to first\.weight in the model, but another tensor"
+    ):
+        match(file_of(last__weight=torch.ones(4, 4)), Network(), (), "file")
+
+
+def test_of_several_networks_that_fit_the_user_chooses() -> None:
+    both = {f"{prefix}.{n}": t for prefix in ("model", "ema") for n, t in Network().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"several networks that fit, under ema\., model\.; leave out"):
+        match(on_disk(both), Network(), (), "file")
+    names = match(on_disk(both), Network(), [Rename.parse("ema.*=")], "file")
+    assert names.parameters["scale"] == "model.scale"
+    bare = {**Network().state_dict(), **{f"ema.{n}": t for n, t in Network().state_dict().items()}}
+    assert match(on_disk(bare), Network(), (), "file").parameters["scale"] == "scale"
+
+
 def test_the_wrapped_module_is_unwrapped() -> None:
     assert match(file_of(), nn.DataParallel(Network()), (), "file").parameters == {n: n for n in PARAMETERS}
 
 
 def test_the_initialisation_order_of_the_first_names_does_not_matter() -> None:
-    names = match(file_of("m.", scale=torch.tensor(1.0), **{"first__weight": torch.ones(4, 4)}), Network(), (), "file")
+    names = match(file_of("m.", scale=torch.tensor(1.0), **{"norm__weight": torch.ones(4)}), Network(), (), "file")
     assert names.parameters["scale"] == "m.scale"
 
 

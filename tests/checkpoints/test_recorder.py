@@ -29,6 +29,8 @@ from landscape.checkpoints import marks, open_run, read_checkpoint
 from landscape.checkpoints.format import digest_of, seal, unseal
 from landscape.checkpoints.recorder import save_learner
 from landscape.checkpoints.writer import LearnerTensors, RunWriter, write_learner
+from landscape.tasks import get_task
+from tests.checkpoints.measured import assert_measured_alike, flat
 
 HERE = Path(__file__).parent
 
@@ -155,13 +157,32 @@ def test_the_example_under_torchrun_is_recorded_to_the_bit(kind: str, example: P
 
 
 @pytest.mark.slow
-def test_the_examples_run_is_measured_as_in_memory(example: Path) -> None:
-    settings = ls.MeasureConfig(num_draws=2)
-    run = open_run(example / "gossip")
-    found = ls.measure(run, ["effective-learning-rate"], [20], settings=settings, quiet=True)["effective-learning-rate"]
-    task = ls.experiments.measure.get_task("mnist-mlp") if hasattr(ls, "experiments") else None
-    assert math.isfinite(float(found["alpha_e_ratio_mean"][0]))
-    assert task is None or task.name == "mnist-mlp"
+def test_the_example_measures_as_in_memory(example: Path) -> None:
+    task, modules = get_task("mnist-mlp"), []
+    for rank in (0, 1):
+        modules.append(task.initial_model(0))
+        truth = torch.load(example / "truth" / f"gossip-20-{rank}.pt", weights_only=True)
+        modules[rank].load_state_dict(truth["model"])
+    train, _ = task.load_data(None)
+    assert_measured_alike(open_run(example / "gossip").learners(20), modules, (train.inputs[:60], train.targets[:60]))
+
+
+def test_what_is_recorded_with_its_task_is_measured_without_further_ado(tmp_path: Path, tiny_task: ls.Task) -> None:
+    """Also of learners that one process has."""
+    models = [tiny_task.initial_model(0) for _ in range(3)]
+    for rank, model in enumerate(models):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(rank))
+        final = save_learner(tmp_path / "run", step=7, model=model, rank=rank, world_size=3, task="tiny", algorithm="dpsgd", order="awc",
+                             topology="ring", local_batch_size=4, learning_rate=1)  # fmt: skip
+    run = open_run(tmp_path / "run")
+    assert (run.steps, hidden(run.path)) == ([7], [])
+    assert torch.equal(read_checkpoint(final).weights, torch.stack([flat(m) for m in models]))
+    found = ls.measure(run, ["effective-learning-rate"], task=tiny_task, settings=ls.MeasureConfig(num_draws=4), quiet=True)  # fmt: skip
+    result = found["effective-learning-rate"]
+    assert (result.attrs["learning_rate"], result.attrs["num_learners"], result.attrs["topology"]) == (1, 3, "ring")
+    assert math.isfinite(float(result["alpha_e_ratio_mean"][0]))
 
 
 # Whole or not at all -------------------------------------------------------------------------------------------------
@@ -228,7 +249,7 @@ def test_killed_at_any_operation_on_files_and_started_anew(last: bool, jobs: Job
             break
     assert seen[-1] == (False, [10, 20])
     assert seen[0] == (True, [10])
-    assert len(seen) > (30 if last else 12)
+    assert len(seen) > (25 if last else 12)
     order = [steps for _, steps in seen]
     if last:
         assert order == sorted(order)  # there is one instant at which it appears
@@ -328,21 +349,29 @@ def test_unfinished_steps_go_when_a_later_one_appears(jobs: Jobs, tmp_path: Path
 # Processes that do not fit together ----------------------------------------------------------------------------------
 
 
-def raised(ended: list[Ended], message: str) -> None:
-    assert any(message in (each.raised or "") for each in ended), ended
+def raised(ended: list[Ended], *messages: str) -> None:
+    """One of the messages, of some process, and nothing but such errors."""
+    assert any(message in (each.raised or "") for each in ended for message in messages), ended
     assert all(each.raised is None or each.raised.startswith("ValueError") for each in ended), ended
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("told", "messages"),
     [
-        ({"width": 5}, "rank 1 has other parameters than rank 0 at step 0: [['first.weight', [5, 3]]"),
-        ({"dtype": "float64"}, "rank 1 has other types than rank 0 at step 0: [['first.weight', 'float64']"),
+        (
+            {"width": 5},
+            [
+                "rank 1 has other parameters than rank 0 at step 0: [['first.weight', [5, 3]]",
+                "run with num_parameters 39, and rank 1 has 48",
+            ],
+        ),
+        ({"dtype": "float64"}, ["rank 1 has other types than rank 0 at step 0: [['first.weight', 'float64']"]),
     ],
 )
-def test_a_rank_with_another_network_is_named(told: dict[str, Any], message: str, jobs: Jobs, tmp_path: Path) -> None:
+def test_a_rank_with_another_network_is_named(told: dict[str, Any], messages: list[str], jobs: Jobs, tmp_path: Path) -> None:  # fmt: skip
+    """By rank 0's record of the run, if that is there already, or by the marks."""
     out = tmp_path / "run"
-    raised(jobs("save_each", 3, out=out, each=[{"steps": [0]}, {"steps": [0]} | told, {"steps": [0]}]), message)
+    raised(jobs("save_each", 3, out=out, each=[{"steps": [0]}, {"steps": [0]} | told, {"steps": [0]}]), *messages)
     assert open_run(out).steps == []
 
 
@@ -381,20 +410,20 @@ def test_a_process_that_alone_saves_for_several_is_warned(tmp_path: Path) -> Non
 def test_another_number_of_processes_or_another_run_is_refused(jobs: Jobs, tmp_path: Path) -> None:
     out = tmp_path / "run"
     finished(jobs("save", 2, out=out, attempt=1, steps=[0]))
-    for ended in jobs("save", 3, out=out, attempt=2, steps=[10]):
+    for rank, ended in enumerate(jobs("save", 3, out=out, attempt=2, steps=[10])):
         assert ended.raised is not None
-        assert "holds another run, with num_learners 2, not 3; choose another directory" in ended.raised
+        assert f"holds a run with num_learners 2, and rank {rank} has 3; give all" in ended.raised
     assert values(out, 0) == whole(1, 0, 2)
     model = network()
     save_learner(tmp_path / "mine", step=0, model=model, algorithm="ssgd")
     elsewhere = tmp_path / "other"
     shutil.copytree(tmp_path / "mine", elsewhere)
-    with pytest.raises(ValueError, match="another run, with algorithm ssgd, not dpsgd"):
+    with pytest.raises(ValueError, match="a run with algorithm ssgd, and rank 0 has dpsgd"):
         save_learner(elsewhere, step=1, model=model, algorithm="dpsgd")
-    with pytest.raises(ValueError, match="another run, with num_parameters 34, not 6"):
+    with pytest.raises(ValueError, match="a run with num_parameters 34, and rank 0 has 6"):
         save_learner(elsewhere, step=1, model=nn.Linear(2, 2))
     RunWriter(tmp_path / "own", {}).write_record(status="complete")
-    with pytest.raises(ValueError, match="another run, which landscape wrote itself"):
+    with pytest.raises(ValueError, match="a run that landscape trained or imported"):
         save_learner(tmp_path / "own", step=1, model=model)
 
 

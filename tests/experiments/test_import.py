@@ -202,6 +202,69 @@ def test_steps_of_different_networks_are_no_run(tmp_path: Path, tiny_task: Task)
         import_run(tmp_path, tmp_path / "out" / "run", quiet=True)
 
 
+def test_a_task_that_a_file_names_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil_task.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    ls.save_learner(tmp_path / "recorded", step=1, model=nn.Linear(2, 2), rank=0, world_size=1, task="evil_task:go")
+    run = import_run(tmp_path / "recorded", tmp_path / "run", quiet=True)
+    assert run.task == ""
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_imported_is_not_overwritten(tmp_path: Path) -> None:
+    for step in (1, 2):
+        ls.save_learner(tmp_path / "run", step=step, model=nn.Linear(2, 2), rank=0, world_size=1)
+    for path in (tmp_path / "ru*" / "checkpoints" / "step-00000001", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "run" / "checkpoints" / "step-00000002")
+        with pytest.raises(ValueError, match="holds what is to be imported"):
+            import_run(path, tmp_path / "run", overwrite=True, quiet=True)
+    assert ls.open_run(tmp_path / "run").steps == [1, 2]
+
+
+def test_weights_of_another_network_than_the_task_s_are_not_measured(tmp_path: Path, tiny_task: Task) -> None:
+    reordered = nn.Module()
+    for name, child in reversed(list(tiny_task.initial_model(0).double().named_children())):
+        reordered.add_module(name, child)
+    ls.save_learner(tmp_path, step=1, model=reordered, rank=0, world_size=1, learning_rate=0.1, local_batch_size=8)
+    with pytest.raises(ValueError, match=r"are not those of task tiny in name, shape and order .*landscape import"):
+        ls.measure(tmp_path, ("curvature",), task=tiny_task, quiet=True)
+
+
+@pytest.mark.parametrize(("fact", "message"), [({"world_size": 10**9}, "--num-learners"), ({"world_size": 4000}, "")])
+def test_a_file_does_not_ask_for_any_number_of_learners(tmp_path: Path, fact: dict[str, Any], message: str) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, **fact}, tmp_path / "model.pt")
+    if message:
+        with pytest.raises(ValueError, match=message):
+            import_run(tmp_path / "model.pt", tmp_path / "run", quiet=True)
+    run = import_run(tmp_path / "model.pt", tmp_path / "run", config=ImportConfig(num_learners=2), quiet=True)
+    assert run.config.num_learners == 2
+
+
+def test_a_warm_up_begins_at_rate_zero(tmp_path: Path) -> None:
+    for step, rate in ((0, 0.0), (10, 0.3)):
+        network = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(network.parameters(), lr=rate)
+        torch.save(
+            {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+            tmp_path / f"step_{step}.pt",
+        )
+    run = import_run(tmp_path / "step_*.pt", tmp_path / "run", quiet=True)
+    assert run.config.learning_rate == 0.3
+    assert [run.learners(s).facts["learning_rate"] for s in run.steps] == [0.0, 0.3]
+
+
+def test_a_run_without_a_task_keeps_what_was_recorded_of_its_network(tmp_path: Path) -> None:
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    network[3].requires_grad_(False)
+    ls.save_learner(tmp_path / "recorded", step=1, model=network, rank=0, world_size=1)
+    run = import_run(tmp_path / "recorded", tmp_path / "run", quiet=True)
+    a, b = ls.open_run(tmp_path / "recorded").learners(1), run.learners(1)
+    assert a.layout == b.layout
+    assert torch.equal(a.weights, b.weights)
+    assert list(b.frozen) == ["3.bias", "3.weight"]
+
+
 def test_an_imported_run_is_not_resumed(tmp_path: Path, tiny_task: Task) -> None:
     save_ranks(tmp_path / "theirs", tiny_task, 5)
     run = import_run(tmp_path / "theirs", tmp_path / "run", task=tiny_task, quiet=True)

@@ -158,7 +158,7 @@ def _one(folder: Path, content: Content, said: tuple[str, ...]) -> Found:
         return unstack(found, stack[0])
     if stack is not None:
         hint = (
-            f"every tensor begins with {stack[0]}: if these are learners stacked along a first axis, say so (unstack) to have them apart; tensors "
+            f"every tensor begins with {stack[0]}: if these are learners stacked along a first axis, give the network (--task, or model=), whose shapes tell them apart; tensors "
             "alone do not tell, as FSDP cuts along the first axis too"
         )
         found = replace(found, reasons=(*found.reasons, hint))

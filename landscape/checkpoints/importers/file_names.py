@@ -37,6 +37,10 @@ _RANKS = (
     re.compile(rf"(?<!\d){_NUMBER}[_-]of[_-]{_NUMBER}"),
     re.compile(rf"(?<=[_.-])r{_NUMBER}(?=[_.-]|$)"),
 )
+_END = rf"(?=(?:[_.=-]*(?:(?:{'|'.join(WORDS)})s?|r)?[_.=-]?\*)?[_.-]*$)"
+"""The end of a name, with or without a rank."""
+
+_ORDINARY = re.compile(r"(?:(?:model|state|ckpt|net|weights|checkpoint|snapshot|iter)[_.=-]?)?#")
 _WORLD = re.compile(rf"(?<![a-z])world[_-]?size[_.=-]?{_NUMBER}")
 _STEPS: tuple[tuple[Counts, re.Pattern[str]], ...] = (
     ("step", re.compile(r"(?<![a-z])(?:global[_-]?)?(?:steps?|iters?|iterations?|it|updates?|num_updates)[_.=-]{0,2}(\d{1,15})(?!\d)")),
@@ -45,7 +49,7 @@ _STEPS: tuple[tuple[Counts, re.Pattern[str]], ...] = (
     ("epoch", re.compile(r"(?<![a-z])(?:epochs?|ep)[_.=-]{0,2}(\d{1,15})(?!\d)")),
     ("epoch", re.compile(r"(?<![a-z0-9])e[_=]?(\d{1,15})(?!\d)")),
     ("epoch", re.compile(r"(?<![\d.])(\d{1,15})[_-]?epochs?(?![a-z])")),
-    ("number", re.compile(r"(?:^|(?<=[_=-])|(?<=[^\d]\.)|(?<![a-z])(?:model|state|ckpt|net|weights|checkpoint|snapshot))(\d{1,15})$")),
+    ("number", re.compile(r"(?:^|(?<=[_=-])|(?<=[^\d]\.)|(?<![a-z])(?:model|state|ckpt|net|weights|checkpoint|snapshot))(\d{1,15})" + _END)),
 )  # fmt: skip
 _SPECIAL = re.compile(r"(?<![a-z])(?:best|last|latest|final|newest|current)(?![a-z])")
 _COMPANION = re.compile(
@@ -79,6 +83,11 @@ class Name:
     is_companion: bool = False
     has_suffix: bool = True
 
+    @property
+    def sure_number(self) -> int | None:
+        """The number, where the name alone tells that it counts checkpoints (`ckpt_3`, not `resnet_18`)."""
+        return self.number if self.counts != "number" or _ORDINARY.fullmatch(self.stem) else None
+
 
 @lru_cache(maxsize=1 << 16)
 def parse(name: str) -> Name:
@@ -108,7 +117,7 @@ def parse(name: str) -> Name:
         size = size or int(world[1])
     number, counts = None, None
     for kind, pattern in _STEPS:
-        found = pattern.search(base.rstrip("_.-*") if kind == "number" else base)
+        found = pattern.search(base)
         if found:
             number, counts = int(found[1]), kind
             base = base[: found.start(1)] + "#" + base[found.end(1) :]

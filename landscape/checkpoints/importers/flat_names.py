@@ -17,7 +17,7 @@ from landscape.checkpoints.importers.found import OptimizerState, Stored, Weight
 
 SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 OPTIONS = {
-    "lr": "learning_rate", "momentum": "momentum", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay",
+    "lr": "learning_rate", "momentum": "momentum", "betas": "betas", "eps": "eps", "weight_decay": "weight_decay", "dampening": "dampening",
 }  # fmt: skip
 STEPS = ("global_step", "step", "iteration", "iter", "train_steps", "num_steps")
 EPOCHS = ("epoch", "current_epoch")

@@ -49,6 +49,17 @@ class Stored:
         """Size in memory."""
         return self.shape.numel() * self.dtype.itemsize
 
+    def read_into(self, into: Tensor) -> None:
+        """Read it into a tensor of its shape, straight from the file where the type is the same and the importer can."""
+        fill = getattr(self.read, "fill", None)
+        if fill is not None and into.dtype == self.dtype:
+            fill(into)
+        else:
+            tensor = self.read()
+            if tensor.shape != self.shape:
+                raise CheckpointError(f"a tensor has shape {list(tensor.shape)}, not {list(self.shape)} as announced")
+            into.copy_(tensor)
+
     def then(self, change: Callable[[Tensor], Tensor]) -> Stored:
         """The same tensor, changed when it is read; shape and type stay."""
         read = self.read
@@ -63,10 +74,12 @@ class OptimizerState:
         slots: torch's name of the state (momentum_buffer, exp_avg, exp_avg_sq) -> the parameter -> its tensor. A parameter is its name in
             the checkpoint, or its index where the optimizer numbers them.
         facts: what its one group of parameters says: learning_rate, momentum, betas, eps, weight_decay, optimizer_step.
+        num_parameters: how many parameters it numbers, where it numbers them and says so.
     """
 
     slots: Mapping[str, Mapping[str | int, Stored]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    num_parameters: int | None = None
 
 
 @dataclass(frozen=True)

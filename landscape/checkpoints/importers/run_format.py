@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,54 @@ def read_state(path: Path) -> dict[str, Any]:
     missing = [k for k in ("step", "num_learners", "parameters", "buffers", "momentum", "files") if k not in state]
     if missing:
         raise CheckpointError(f"{path / STATE_FILE} is not a checkpoint's: it lacks {', '.join(missing)}")
+    wrong = [name for name, fits in _FITS.items() if name in state and not fits(state[name])]
+    if wrong:
+        raise CheckpointError(f"{path / STATE_FILE} is not a checkpoint's: {', '.join(wrong)} cannot be what it says")
     return state
 
 
-def names_of(state: dict[str, Any]) -> Names:
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_parameters(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], list) and all(map(_is_count, pair[1]))
+        for pair in value
+    )  # fmt: skip
+
+
+def _is_files(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in value.values()
+    )
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "num_learners": lambda value: _is_count(value) and value > 0,
+    "parameters": lambda value: _is_parameters(value) and bool(value),
+    "buffers": _is_names,
+    "frozen": _is_names,
+    "moments": _is_names,
+    "files": _is_files,
+    "imported": lambda value: isinstance(value, dict),
+}
+"""What each entry of state.json must be."""
+
+
+def names_of(state: dict[str, Any], tensors: Mapping[str, Stored]) -> Names:
     """Which tensor is which, as state.json tells."""
     parameters, frozen = [name for name, _ in state["parameters"]], state.get("frozen", [])
     return Names(
-        {n: n for n in parameters}, {n: n for n in state["buffers"]}, {n: n for n in frozen}, (*parameters, *frozen)
+        {n: n for n in parameters},
+        {n: n for n in state["buffers"] if n in tensors},
+        {n: n for n in frozen},
+        (*parameters, *frozen),
     )
 
 

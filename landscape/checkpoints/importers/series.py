@@ -92,8 +92,7 @@ def group(path: str | Path) -> list[Entry]:
         if path.is_dir():
             return _folder(path)
         if os.path.lexists(path):
-            name = parse(path.name)
-            return [Entry(name.number, (path,), name.counts or "step")]
+            return [_alone(path, (path,))]
         if not glob.has_magic(str(path)):
             raise CheckpointError(f"there is nothing at {path}")
         if "**" in path.parts:
@@ -112,6 +111,23 @@ def group(path: str | Path) -> list[Entry]:
     return _grouped(_by_their_folders([_item(p, p.is_dir()) for p in matched]), path)
 
 
+def group_files(paths: Sequence[Path]) -> list[Entry]:
+    """The checkpoints among several files, as if a pattern had fitted them all: a shell puts files in a pattern's place.
+
+    Raises:
+        CheckpointError: as `group`.
+    """
+    return _grouped(
+        _by_their_folders([_item(path, False) for path in paths]), Path(f"{paths[0]} and {len(paths) - 1} more")
+    )
+
+
+def _alone(named: Path, paths: tuple[Path, ...]) -> Entry:
+    """The one checkpoint at a path, with the step in its name."""
+    name = parse(named.name)
+    return Entry(None, paths) if name.sure_number is None else Entry(name.sure_number, paths, name.counts or "step")
+
+
 def _folder(folder: Path) -> list[Entry]:
     items = _listed(folder)
     whole = _whole(items)
@@ -121,8 +137,7 @@ def _folder(folder: Path) -> list[Entry]:
         note = f"{folder / whole}, whose name tells no step, was passed over; give the file itself to read it"
         return [replace(entry, notes=(*entry.notes, note)) for entry in entries]
     if whole:
-        name = parse(folder.name)
-        return [Entry(name.number, (folder,), name.counts or "step")]
+        return [_alone(folder, (folder,))]
     return _grouped([*items, *_in_rank_folders(items)], folder)
 
 
@@ -140,12 +155,19 @@ def _listed(folder: Path) -> list[_Item]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") or entry.name == ".metadata":
-                    items.append(_item(Path(entry.path), entry.is_dir()))
+                    items.append(_item(Path(entry.path), _is_folder(entry)))
                 if len(items) > MOST:
                     raise CheckpointError(f"{folder} holds more than {MOST} files; give a pattern that fits fewer")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror or error}") from None
     return sorted(items, key=lambda item: item.path.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in a circle
+        return False
 
 
 def _item(path: Path, is_folder: bool) -> _Item:
@@ -172,16 +194,19 @@ def _in_rank_folders(items: Sequence[_Item]) -> list[_Item]:
 
 
 def _by_their_folders(items: Sequence[_Item]) -> list[_Item]:
-    """What fits a pattern, by the names of the folders where those of the files tell nothing."""
-    if any(item.rank is not None or item.counts is not None for item in items):
+    """What lies in several folders, by the names of these where those of the files tell no rank or no step."""
+    folders = {item.path.parent: _item(item.path.parent, True) for item in items}
+    ranks = {folder: folder_rank(folder.name) for folder in folders}
+    if len(folders) < 2:
         return list(items)
-    folders = [_item(item.path.parent, True) for item in items]
-    plain = [folder_rank(folder.path.name) for folder in folders]
-    if sorted(-1 if rank is None else rank for rank in plain) == list(range(len(items))):
-        return [replace(item, rank=rank) for item, rank in zip(items, plain, strict=True)]
-    return [
-        replace(item, rank=f.rank, number=f.number, counts=f.counts) for item, f in zip(items, folders, strict=True)
-    ]
+    from_0 = sorted(-1 if rank is None else rank for rank in ranks.values()) == list(range(len(folders)))
+    worded = None not in ranks.values() and not any(folder.name.isdigit() for folder in folders)
+    if (from_0 or worded) and all(item.rank is None for item in items):
+        return [replace(item, rank=ranks[item.path.parent]) for item in items]
+    if all(item.counts is None for item in items):
+        named = [folders[item.path.parent] for item in items]
+        return [replace(item, number=f.number, counts=f.counts) for item, f in zip(items, named, strict=True)]
+    return list(items)
 
 
 def _grouped(items: Sequence[_Item], given: Path) -> list[Entry]:
@@ -247,14 +272,9 @@ def _single(items: Sequence[_Item], given: Path) -> Entry:
             f"of {held[0].size} processes' files only {held[0].path.name} is in {given}: the others are missing; give the file itself to read that learner"
         )
     if held:
-        name = parse(given.name)
         others = [item for item in items if item not in held]
-        return Entry(
-            name.number if given.is_dir() else None,
-            tuple(item.path for item in held),
-            name.counts or "step",
-            _passed_over(others, []),
-        )
+        named = given if given.is_dir() else Path()
+        return replace(_alone(named, tuple(item.path for item in held)), notes=_passed_over(others, []))
     if len(items) > 1:
         stems = list(dict.fromkeys(item.stem for item in items if item.rank is not None))
         told = (
@@ -265,7 +285,7 @@ def _single(items: Sequence[_Item], given: Path) -> Entry:
         raise CheckpointError(
             f"{given} holds {told}: {_some(items)}; give one, or those of one kind by a pattern such as 'folder/model_*.pt'"
         )
-    return Entry(None, (given,))
+    return _alone(given, (given,))
 
 
 def _check_unique(by_number: dict[int, list[_Item]], given: Path, counts: Counts) -> None:

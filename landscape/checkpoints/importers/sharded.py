@@ -56,9 +56,13 @@ class Sharded:
     def __call__(self) -> Tensor:
         """The whole tensor; beside it at most one part is in memory."""
         whole = torch.empty(self.shape, dtype=self.dtype)
-        for part in self.parts:
-            _placed(part, self.dtype).fill(_box(whole, part.offsets, part.sizes))
+        self.fill(whole)
         return whole
+
+    def fill(self, into: Tensor) -> None:
+        """The same into a tensor of its shape and type, straight from the files."""
+        for part in self.parts:
+            _placed(part, self.dtype).fill(_box(into, part.offsets, part.sizes))
 
     def row(self, index: int) -> Tensor:
         """The entry `index` along the first axis; only it is read."""

@@ -115,8 +115,11 @@ def stored(tensor: Tensor, source: Path, name: str) -> Stored:
 
 
 def _is_zip(path: Path) -> bool:
-    with open(regular_file(path), "rb") as file:
-        return file.read(4) == ZIP_MAGIC
+    try:
+        with open(regular_file(path), "rb") as file:
+            return file.read(4) == ZIP_MAGIC
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _check(path: Path, zipped: bool) -> None:

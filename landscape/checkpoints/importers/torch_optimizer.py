@@ -58,7 +58,7 @@ def optimizer_state(
     slots, steps = _slots(state if isinstance(state, dict) else {}, source, notes)
     if len(steps) == 1:
         facts["optimizer_step"] = steps.pop()
-    return OptimizerState(_whose(slots, groups, names, notes), facts), notes
+    return OptimizerState(_whose(slots, groups, names, notes), facts, num_parameters(content)), notes
 
 
 def num_parameters(content: object) -> int | None:
