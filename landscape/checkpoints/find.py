@@ -37,6 +37,8 @@ def entries(paths: Sequence[Path]) -> list[Entry]:
     Raises:
         CheckpointError: there is nothing, or two are of the same step.
     """
+    if len(paths) > 1 and all(path.is_file() for path in paths):
+        return series.group_files(paths)
     found = [
         entry for path in paths for entry in (_of_run(path) if (path / RUN_FILE).is_file() else series.group(path))
     ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import landscape as ls
+from landscape.checkpoints.find import entries
 from landscape.checkpoints.inspect import describe
 from tests.checkpoints.corpus import CORPUS, network, place_of, trained
 from tests.checkpoints.measured import assert_measured_alike
@@ -101,6 +102,19 @@ def test_inspect_tells_what_it_is(tmp_path: Path, name: str) -> None:
     text = describe(place_of(tmp_path))
     assert str(tmp_path) in text
     assert any(kind in text for kind in ("learners", "one model", "average", "shards of one model", "possibly mixed"))
+
+
+def test_a_link_to_the_latest_checkpoint_does_not_hide_the_series(tmp_path: Path) -> None:
+    CORPUS["series"](tmp_path)
+    (tmp_path / "latest").symlink_to("model_step10.pt")
+    assert [entry.step for entry in entries([tmp_path])] == [5, 10]
+
+
+def test_files_that_a_shell_lists_are_grouped_by_step_and_rank(tmp_path: Path) -> None:
+    paths = [tmp_path / f"ckpt_step{step}_rank{rank}.pt" for step in (10, 20) for rank in (0, 1)]
+    for path in paths:
+        torch.save(network().state_dict(), path)
+    assert [(entry.step, len(entry.paths)) for entry in entries(paths)] == [(10, 2), (20, 2)]
 
 
 def test_several_steps_are_not_one_checkpoint(tmp_path: Path) -> None:

@@ -143,10 +143,15 @@ def _folder(folder: Path) -> list[Entry]:
 
 def _whole(items: Sequence[_Item]) -> str:
     """The name of a file or folder that makes the folder it is in one checkpoint; "" where there is none."""
-    names = [item.path.name for item in items]
+    names = [item.path.name for item in items if item.path.name != "latest" or _is_pointer(item.path)]
     return next((n for n in names if WHOLE.fullmatch(n)), "") or next(
         (n for n in names if WEIGHTS_FOLDER.fullmatch(n)), ""
     )
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file called latest is DeepSpeed's, which names a folder, and not a link to the latest checkpoint."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size <= 4096
 
 
 def _listed(folder: Path) -> list[_Item]:
