@@ -7,20 +7,13 @@ launches them as torchrun does, but forked from a process that has imported ever
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import fcntl
-import functools
 import importlib
 import os
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from landscape.checkpoints.importers.found import Stored
+from tests.checkpoints.importers import once
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,36 +35,9 @@ def network(seed: int = 0, normalised: bool = True) -> nn.Sequential:
         )
 
 
-@functools.cache
 def written() -> Path:
-    """The folder of all checkpoints, written once a run of the tests, and removed by the last process of it."""
-    folder = Path(tempfile.gettempdir()) / f"importers-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
-    using = open(f"{folder}.using", "w")  # noqa: SIM115 - held until the process ends
-    fcntl.flock(using, fcntl.LOCK_SH)
-    with open(f"{folder}.writing", "w") as writing:
-        fcntl.flock(writing, fcntl.LOCK_EX)
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "errors").write_text(_launch(folder))
-    atexit.register(_remove, folder, using)
-    errors = (folder / "errors").read_text()
-    assert not errors, errors
-    return folder
-
-
-def _launch(folder: Path) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "tests.checkpoints.importers.fixtures_c", str(folder)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    return "" if ended.returncode == 0 else ended.stderr[-4000:] or f"exit {ended.returncode}"
-
-
-def _remove(folder: Path, using: IO[str]) -> None:
-    with contextlib.suppress(BlockingIOError):  # another process still reads them
-        fcntl.flock(using, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-        for suffix in ("using", "writing"):
-            Path(f"{folder}.{suffix}").unlink(missing_ok=True)
+    """The folder of all checkpoints."""
+    return once.written("tests.checkpoints.importers.fixtures_c")
 
 
 def expected(name: str) -> dict[str, Any]:

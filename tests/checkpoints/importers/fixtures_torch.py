@@ -9,21 +9,14 @@ NAME.R.safetensors holds the network's tensors under its own names, and what the
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
-import fcntl
-import functools
 import importlib
 import os
 import pickle
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from landscape.checkpoints.importers.found import Found, Stored
+from tests.checkpoints.importers import once
 
 ROOT = Path(__file__).parents[3]
 STEPS = 4
@@ -161,30 +155,9 @@ def pickled(content: bytes, path: Path) -> Path:
     return path
 
 
-@functools.cache
 def written() -> Path:
-    """The folder of all checkpoints, written once a run of the tests, and removed by the last process of it."""
-    folder = Path(tempfile.gettempdir()) / f"importers-torch-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
-    lock = open(f"{folder}.lock", "w")  # noqa: SIM115 - held until the process ends
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not (folder / "whole").exists():
-        folder.mkdir()
-        command = [sys.executable, "-m", "tests.checkpoints.importers.fixtures_torch", str(folder)]
-        ended = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-        )
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        (folder / "whole").touch()
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    atexit.register(_remove, folder, lock)
-    return folder
-
-
-def _remove(folder: Path, lock: IO[str]) -> None:
-    with contextlib.suppress(BlockingIOError):  # another process still reads them
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(lock.name).unlink(missing_ok=True)
+    """The folder of all checkpoints."""
+    return once.written("tests.checkpoints.importers.fixtures_torch")
 
 
 def _distributed_data_parallel(folder: Path, rank: int) -> None:
