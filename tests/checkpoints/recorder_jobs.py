@@ -62,7 +62,8 @@ def save(
 ) -> list[str]:  # fmt: skip
     """Weights that tell the attempt, the step and the rank; with `retry`, again where the disk failed; the rank `last` somewhat later."""
     failed = []
-    time.sleep(0.05 * (rank == last))
+    if rank == last:
+        _wait_for_others(Path(out), rank, seconds=10 if rank else 0.3)  # rank 0 waits for one that may be killed
     for step in steps:
         network = Network(value(attempt, step, rank), width).to(getattr(torch, dtype))
         try:
@@ -73,6 +74,17 @@ def save(
             failed.append(str(error))
             save_learner(out, step=step, model=network, **(place or {}))
     return failed
+
+
+def _wait_for_others(out: Path, rank: int, seconds: float) -> None:
+    """Until another process has marked what it wrote, however slow it is."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(
+            not path.name.startswith(f"mark-{rank:05d}") for path in (out / "checkpoints").glob(".writing-*/mark-*")
+        ):
+            return
+        time.sleep(0.005)
 
 
 def save_freely(rank: int, size: int, out: str, num_steps: int) -> None:
