@@ -58,12 +58,13 @@ def value(attempt: int, step: int, rank: int) -> int:
 
 def save(
     rank: int, size: int, out: str, attempt: int, steps: list[int], place: dict[str, Any] | None = None, width: int = 4, dtype: str = "float32",
-    retry: bool = False, last: int | None = None,
+    retry: bool = False, last: int | None = None, patience: float = 30.0,
 ) -> list[str]:  # fmt: skip
-    """Weights that tell the attempt, the step and the rank; with `retry`, again where the disk failed; the rank `last` somewhat later."""
+    """Weights that tell the attempt, the step and the rank; with `retry`, again where the disk failed; the rank `last` after another, or after
+    `patience` seconds."""
     failed = []
     if rank == last:
-        _wait_for_others(Path(out), rank, seconds=10 if rank else 0.3)  # rank 0 waits for one that may be killed
+        _wait_for_others(out, rank, patience)
     for step in steps:
         network = Network(value(attempt, step, rank), width).to(getattr(torch, dtype))
         try:
@@ -73,17 +74,19 @@ def save(
                 raise
             failed.append(str(error))
             save_learner(out, step=step, model=network, **(place or {}))
+    _beside(out, rank).touch()
     return failed
 
 
-def _wait_for_others(out: Path, rank: int, seconds: float) -> None:
-    """Until another process has marked what it wrote, however slow it is."""
+def _beside(out: str, rank: int) -> Path:
+    """A file that is there once a process has done all it does; it lies beside `out`, where operations are not counted."""
+    return Path(out).parent / f"saved-{rank}-{Path(out).name}"
+
+
+def _wait_for_others(out: str, rank: int, seconds: float) -> None:
+    """Until another process is through, however slow it is: one that has only marked what it wrote may still complete the step."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(
-            not path.name.startswith(f"mark-{rank:05d}") for path in (out / "checkpoints").glob(".writing-*/mark-*")
-        ):
-            return
+    while time.monotonic() < end and not any(_beside(out, other).exists() for other in range(4) if other != rank):
         time.sleep(0.005)
 
 

@@ -232,7 +232,7 @@ def test_killed_at_any_operation_on_files_and_started_anew(last: bool, jobs: Job
     for number in range(1, 60):
         out = tmp_path / str(number)
         shutil.copytree(begun, out)
-        ended = jobs("save", 2, out=out, attempt=2, steps=[20], last=int(last), faults={1: ["kill", number]})
+        ended = jobs("save", 2, out=out, attempt=2, steps=[20], last=int(last), patience=30 if last else 0.3, faults={1: ["kill", number]})  # fmt: skip
         assert ended[0].status == 0
         assert ended[1].status in (0, -signal.SIGKILL)
         steps = open_run(out).steps
