@@ -210,7 +210,7 @@ FLAGS = ("--num-draws", "4", "--max-matvecs", "6", "--num-eigenpairs", "2", "--n
 @pytest.mark.slow
 def test_torchrun_measures_a_run_of_real_digits(tmp_path: Path) -> None:
     config = TrainConfig(
-        "dpsgd", 0.5, num_learners=3, local_batch_size=50, num_steps=4, checkpoint_every=2, dtype="float64"
+        "dpsgd", 0.5, num_learners=3, local_batch_size=50, num_steps=4, checkpoint_every=1, dtype="float64"
     )
     path = train("mnist-mlp", config, tmp_path / "run", quiet=True).path
     subprocess.run(["cp", "-r", "run", "again"], cwd=tmp_path, check=True)
@@ -225,22 +225,22 @@ def test_torchrun_measures_a_run_of_real_digits(tmp_path: Path) -> None:
         if name != "/":
             compare(group, alone[name], name, exactly=False)
 
-    status, out, err = ended(torchrun(tmp_path, "measure", "run", "--steps", "3"))
+    status, out, err = ended(torchrun(tmp_path, "measure", "run", "--steps", "7"))
     assert status != 0
-    assert len(re.findall("no checkpoint of step 3; there are 0, 2, 4", err)) == 1
+    assert len(re.findall("no checkpoint of step 7; there are 0, 1, 2, 3, 4", err)) == 1
 
     shorter = ("measure", "run", "--measures", "noise", "ledger", *FLAGS)
     process = torchrun(tmp_path, *shorter)
     deadline = time.monotonic() + 120
     while len(load_steps(path)) < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)  # between the second step and the last
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # after the second of five steps
     status, out, err = ended(process)
     assert status != 0
     assert load_steps(path)  # whole
     status, out, err = ended(torchrun(tmp_path, *shorter))  # the rest
     assert status == 0, err
-    assert load_steps(path) == [0, 2, 4]
+    assert load_steps(path) == [0, 1, 2, 3, 4]
 
 
 def load_steps(path: Path) -> list[int]:

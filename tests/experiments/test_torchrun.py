@@ -479,7 +479,7 @@ def test_the_torchrun_command_itself(tmp_path: Path, undisturbed: Run) -> None:
     with group(subprocess.Popen([*command, "--overwrite"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)) as process:  # fmt: skip
         stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 1
-    assert [line for line in stderr.splitlines() if line.startswith("landscape:")] == [
-        "landscape: stopped at step 7; continue with --resume"
-    ]
+    told = [line for line in stderr.splitlines() if line.startswith("landscape:")]
+    assert len(told) == 1
+    assert re.fullmatch(r"landscape: stopped at step \d+; continue with --resume", told[0])  # the agent passes signals on when it can
     assert open_run(tmp_path / "run").status == "interrupted"
