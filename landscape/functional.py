@@ -105,7 +105,8 @@ class FunctionalModel:
         self.module = copy.deepcopy(unwrap(module))
         self.layout = ParameterLayout.of(self.module)
         self.loss = as_example_loss(loss_fn)
-        self.batched, self.randomness = batched, randomness
+        self.randomness = randomness
+        self.batched = batched and not any(isinstance(m, nn.RNNBase) for m in self.module.modules())  # no batching rule
         self._fixed = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FunctionalModel:

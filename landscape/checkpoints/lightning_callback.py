@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from landscape.checkpoints.recorder import save_learner
-from landscape.data.vision import import_torchvision
+from landscape.optional import import_torchvision
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 """The two names that Lightning goes by, whose classes are not each other's."""

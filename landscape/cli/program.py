@@ -15,7 +15,7 @@ from typing import Annotated, Union
 import tyro
 
 from landscape.cli.experiments import Edge, Replay, Reproduce, Rescue, Sweep
-from landscape.cli.runs import Import, Inspect, Measure, Report, Tasks, Train
+from landscape.cli.runs import Import, Inspect, Measure, RecipeFlags, Report, Tasks, Train
 from landscape.ranks import AgreedError, launched, tells
 
 DEBUG_VARIABLE = "LANDSCAPE_DEBUG"
@@ -35,6 +35,7 @@ Command = Union[  # noqa: UP007 - tyro reads the annotations
     Annotated[Inspect, tyro.conf.subcommand("inspect")],
     Annotated[Import, tyro.conf.subcommand("import")],
     Annotated[Tasks, tyro.conf.subcommand("tasks")],
+    Annotated[RecipeFlags, tyro.conf.subcommand("recipe")],
 ]
 
 

@@ -195,6 +195,40 @@ class Tasks:
         """Run it."""
         from landscape.tasks import TASKS
 
+        width = max(map(len, TASKS))
         for task in TASKS.values():
             root = " (needs --data-root)" if task.needs_data_root else ""
-            print(f"{task.name:22s} {task.description}; converged below a loss of {task.threshold:g}{root}")
+            print(f"{task.name:{width}s}  {task.description}; converged below a loss of {task.threshold:.3g}{root}")
+        print(
+            "\nSmaller forms: TASK@width=1/4,size=64,examples=5000 (share of the channels, pixels a side, training examples)."
+        )
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """How a task is customarily trained, as flags for `landscape train`, scaled linearly to the learners and their batches."""
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="TASK")]
+    """What is trained; see `landscape tasks`."""
+    num_learners: int = 16
+    """n."""
+    local_batch_size: int = 64
+    """B, examples a learner a step."""
+    num_epochs: int | None = None
+    """Passes over the data; the warm-up and the steps down keep their share of them. By default the recipe's."""
+    num_examples: int | None = None
+    """Training examples; by default counted under --data-root."""
+    data_root: Path | None = None
+    """Folder of data sets, for tasks that read from disk; or set LANDSCAPE_DATA_ROOT."""
+
+    def run(self) -> None:
+        """Run it."""
+        from landscape.tasks import get_task
+
+        task = get_task(self.task)
+        if task.recipe is None:
+            raise ValueError(f"task {task.name} has no recipe; choose --learning-rate and --num-steps yourself")
+        count = self.num_examples or len(task.load_data(self.data_root)[0])
+        chosen = task.recipe.settings(count, self.num_learners, self.local_batch_size, self.num_epochs)
+        flags = {"task": task.name, "num_learners": self.num_learners, "local_batch_size": self.local_batch_size, **chosen}  # fmt: skip
+        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -28,8 +29,78 @@ class IndexedData(Protocol):
         """Inputs and targets of shape (*indices.shape, ...)."""
 
 
+class Examples(ABC):
+    """A data set that training draws minibatches from and measures pass over, wherever it lies.
+
+    Inputs and targets come on `device`, floating-point ones in `dtype`. What is measured are the examples as they are, of `batch` and
+    `rows`; training takes those of `draw`, which may be augmented at random. All randomness is handed in, so that every backend, number of
+    processes and resumed run draws the same.
+
+    Attributes:
+        name: what it is, for messages and provenance.
+    """
+
+    name: str
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where batches are."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the inputs."""
+
+    @property
+    def num_random(self) -> int:
+        """k, the random numbers that `draw` takes for an example; 0 without augmentation."""
+        return 0
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `expect` is of use."""
+        return False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> tuple[Any, Any]:
+        """The examples at indices (...,), as inputs (..., *shape) and targets (..., *shape)."""
+
+    def rows(self, part: slice) -> tuple[Any, Any]:
+        """Consecutive examples."""
+        return self.batch(torch.arange(*part.indices(len(self))))
+
+    def targets_at(self, indices: Tensor) -> Any:
+        """The targets of `batch` alone."""
+        return self.batch(indices)[1]
+
+    def draw(self, indices: Tensor, uniforms: Tensor) -> tuple[Any, Any]:
+        """The same as `batch`, augmented by uniform random numbers.
+
+        Args:
+            indices: (..., B).
+            uniforms: (..., B, k), float64 in [0, 1), on the CPU.
+        """
+        return self.batch(indices)
+
+    def expect(self, indices: Tensor, uniforms: Tensor) -> None:
+        """Told which examples are drawn next, where data read ahead: they are read meanwhile."""
+        raise NotImplementedError(f"{type(self).__name__} does not read ahead")
+
+    @abstractmethod
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Examples:
+        """On another device; floating-point tensors in `dtype`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash that tells these data from others, the same wherever they lie."""
+
+
 @dataclass(frozen=True)
-class TensorData:
+class TensorData(Examples):
     """A data set that lies in memory as two tensors.
 
     Attributes:
@@ -48,16 +119,30 @@ class TensorData:
         if len(self.inputs) == 0:
             raise ValueError(f"{self.name}: no examples")
 
+    @property
+    def device(self) -> torch.device:
+        """See `Examples`."""
+        return self.inputs.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Examples`; of inputs that are no floating-point numbers, torch's default."""
+        return self.inputs.dtype if self.inputs.is_floating_point() else torch.get_default_dtype()
+
     def __len__(self) -> int:
         return len(self.inputs)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples at indices (...,), as inputs (..., *shape) and targets (..., *shape)."""
+        """See `Examples`."""
         flat = indices.flatten()  # index_select moves whole rows, several times faster than advanced indexing
         return (
             self.inputs.index_select(0, flat).unflatten(0, indices.shape),
             self.targets.index_select(0, flat).unflatten(0, indices.shape),
         )
+
+    def targets_at(self, indices: Tensor) -> Tensor:
+        """See `Examples`."""
+        return self.targets.index_select(0, indices.flatten()).unflatten(0, indices.shape)
 
     def rows(self, part: slice) -> tuple[Tensor, Tensor]:
         """Consecutive examples, without a copy."""
@@ -73,11 +158,19 @@ class TensorData:
 
     def fingerprint(self) -> str:
         """A short hash of the contents, the same for the same numbers wherever they lie."""
-        digest = hashlib.sha256()
-        for tensor in (self.inputs, self.targets):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(self.inputs, self.targets)
+
+
+def fingerprint_of(*parts: Tensor | bytes) -> str:
+    """A short hash of tensors' types, shapes and contents, and of words."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().numpy().reshape(-1).view("uint8").data)
+        else:
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 class TreeData:
@@ -157,7 +250,7 @@ class BatchList:
         )
 
 
-Data = TensorData | TreeData | MapData | BatchList
+Data = Examples | TreeData | MapData | BatchList
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -214,13 +307,13 @@ def as_data(data: Any, device: torch.device | str, dtype: torch.dtype, split: Sp
     """What a user hands over as data, on the device and in the floating-point type of the computation.
 
     Args:
-        data: a TensorData; tensors in a tuple or a dictionary, the examples along their first axis; a torch TensorDataset; a map-style
+        data: `Examples`, such as a TensorData; tensors in a tuple or a dictionary, the examples along their first axis; a torch TensorDataset; a map-style
             data set; a list of batches; or a DataLoader, which is read once and kept as a list of batches.
         device: where batches go.
         dtype: floating-point inputs and targets are converted to it.
         split: what makes (inputs, targets) of a batch; `split_batch` by default.
     """
-    if isinstance(data, TensorData):
+    if isinstance(data, Examples):
         return data.to(device, dtype)
     if isinstance(data, TreeData | MapData | BatchList):
         return data
@@ -262,7 +355,7 @@ def stream(data: Data, chunk: int, part: range | None = None) -> Iterator[tuple[
         yield _consecutive(data, range(start, min(start + chunk, part.stop)))
 
 
-def _consecutive(data: TensorData | TreeData | MapData, part: range) -> tuple[Any, Any]:
+def _consecutive(data: Examples | TreeData | MapData, part: range) -> tuple[Any, Any]:
     if isinstance(data, MapData):
         return data.batch(torch.arange(part.start, part.stop))
     return data.rows(slice(part.start, part.stop))

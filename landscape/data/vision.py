@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import os
-import re
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from landscape.data.dataset import TensorData
+from landscape.data.images import ImageData, check_labels
+from landscape.optional import import_torchvision
 
 DATA_ROOT_VARIABLE = "LANDSCAPE_DATA_ROOT"
 MNIST_FILES = {
@@ -21,33 +22,9 @@ MNIST_FILES = {
     "t10k-labels-idx1-ubyte": 10008,
 }
 """Files and their sizes in bytes."""
-MISSING_OPERATORS = ("nms", "qnms")
-"""torchvision's operators that its import asks for, compiled or not."""
-
-
-def import_torchvision(module: str) -> Any:
-    """Import one of torchvision's modules, also beside a torch that lacks its compiled operators.
-
-    A torchvision wheel that does not match torch (built for CUDA, say, beside CPU torch) fails on import because the
-    schemas of its operators are missing. Data sets and networks need no compiled operator: the schemas are declared.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ValueError("this task needs torchvision; install it with: pip install --no-deps torchvision") from None
-    except RuntimeError as error:
-        if not re.search(r"operator torchvision::\w+ does not exist", str(error)):
-            raise
-        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in MISSING_OPERATORS:
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # a schema lives as long as its library
-        return importlib.import_module(module)
-
-
-_declared: list[torch.library.Library] = []
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+"""Of the channels over all pixels of the 50,000 training images, computed from them. (The deviations 0.2023, 0.1994, 0.2010 that many programs
+carry are means of the deviations within single images.)"""
 
 
 def data_root(given: str | Path | None) -> Path:
@@ -89,3 +66,62 @@ def mnist(root: str | Path | None = None, *, download: bool = False) -> tuple[Te
         for p, name in zip(parts, ("train", "test"), strict=True)
     ]
     return train, test
+
+
+def cifar10(root: str | Path | None = None, *, download: bool = False) -> tuple[ImageData, ImageData]:
+    """CIFAR-10 (Krizhevsky, Learning multiple layers of features from tiny images, 2009): 50,000 and 10,000 images of 3x32x32 in 10 classes.
+
+    Training images are augmented (see `ImageData`), test images are not; both are normalised by the channels' mean and deviation over the
+    training images. The files are pickles: torchvision reads them, and only if the md5 of every file is that of the official one, so that
+    nothing but the official contents is ever unpickled.
+
+    Args:
+        root: a folder that holds cifar-10-batches-py/, as torchvision lays it out.
+        download: fetch it there first (170 MB), as torchvision does.
+    """
+    folder = data_root(root)
+    datasets = import_torchvision("torchvision.datasets")
+    try:
+        with warnings.catch_warnings():  # the pickles are of 2009, and numpy says so
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+            parts = [datasets.CIFAR10(str(folder), train=train, download=download) for train in (True, False)]
+    except (RuntimeError, ValueError, AssertionError, LookupError, OSError) as error:  # whatever torchvision meets
+        if download:
+            raise ValueError(
+                f"CIFAR-10 could not be downloaded to {folder}: {error}; without a network, unpack {datasets.CIFAR10.filename} there "
+                f"(from {datasets.CIFAR10.url})"
+            ) from error
+        raise ValueError(
+            f"CIFAR-10 cannot be read from {folder / datasets.CIFAR10.base_folder} ({_what_is_wrong(datasets.CIFAR10, folder)}); get it with: "
+            f'python -c "from landscape.data.vision import cifar10; cifar10({str(folder)!r}, download=True)"'
+        ) from error
+    train, test = [
+        ImageData(
+            torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets, dtype=torch.int64),
+            CIFAR10_MEAN, CIFAR10_STD, f"CIFAR-10, {name}", augmented=name == "train",
+        )
+        for p, name in zip(parts, ("train", "test"), strict=True)
+    ]  # fmt: skip
+    for part in (train, test):
+        check_labels(part.name, part.targets, 10)
+    return train, test
+
+
+def _what_is_wrong(official: Any, folder: Path) -> str:
+    """Which files of CIFAR-10 are missing or are not the official ones."""
+    place = folder / official.base_folder
+    if (folder / official.train_list[0][0]).is_file():
+        return f"{folder} is that folder itself; name the one that holds it"
+    sums = dict(official.train_list + official.test_list + [(official.meta["filename"], official.meta["md5"])])
+    missing = [name for name in sums if not (place / name).is_file()]
+    damaged = [name for name in sums if name not in missing and _md5(place / name) != sums[name]]
+    packed = f"; {official.filename} is there, but not unpacked" if (folder / official.filename).is_file() else ""
+    return f"missing: {', '.join(missing) or 'nothing'}; damaged or changed, by md5: {', '.join(damaged) or 'nothing'}{packed}"
+
+
+def _md5(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error

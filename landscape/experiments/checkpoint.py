@@ -58,6 +58,9 @@ class MeasureConfig:
     """Examples whose gradients make the spectrum of their covariance; a spectrum costs the cube of this."""
     num_probes: int = 12
     """Probes for traces of products of noise and curvature."""
+    num_examples: int | None = None
+    """Training examples that stand for all of them, a fixed random choice: L, its gradient, its curvature and the minibatches are then those
+    of the choice. All by default."""
     num_gradient_examples: int | None = None
     """Examples for the full gradient that draws are compared with, debiased; all of them by default. Predictions and the ledger still
     take the exact one."""

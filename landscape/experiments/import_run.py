@@ -27,7 +27,7 @@ from landscape.experiments.run_directory import claim
 from landscape.functional import FunctionalModel
 from landscape.provenance import provenance
 from landscape.ranks import refuse_several
-from landscape.tasks import TASKS, Task, get_task
+from landscape.tasks import Task, get_task, is_ours
 from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.config import ALGORITHMS, ORDERS, Algorithm, Order, TrainConfig
 from landscape.training.topology import TOPOLOGIES
@@ -103,7 +103,7 @@ def import_run(
     out, config = Path(out), config or ImportConfig()
     known = get_task(task) if task is not None else None
     before = _recorded(given)
-    if known is None and before.get("task") in TASKS:  # another would have code imported that a file names
+    if known is None and is_ours(before.get("task", "")):  # another would have code imported that a file names
         known = get_task(before["task"])
     seed = config.seed if config.seed is not None else int(before.get("seed", 0))
     module = None if known is None else known.initial_model(seed)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from landscape.checkpoints import Run, open_run
 from landscape.checkpoints.format import MEASUREMENTS_FILE
+from landscape.data.selection import choose
 from landscape.experiments.checkpoint import Checkpoint, MeasureConfig
 from landscape.experiments.interrupt import Interruptible
 from landscape.experiments.measures import DEFAULT_MEASURES, MEASURES
@@ -87,7 +88,12 @@ def measure(
 
         silent = quiet or not ranks.leads
         assumed = run.record.get("assumed", [])
-        marks = {"settings": identity, **_facts(run), **({"assumed": ", ".join(assumed)} if assumed else {})}
+        marks = {
+            "settings": identity,
+            **_facts(run),
+            "num_examples": objective.num_examples,
+            **({"assumed": ", ".join(assumed)} if assumed else {}),
+        }
         if assumed and not silent:
             print(f"nobody told {', '.join(assumed)}: what hangs on them (thresholds, mixing, predictions) is for assumed values; tell them to landscape import", file=sys.stderr)  # fmt: skip
         skipped = _extend(groups, todo, checkpoint, save, marks, ranks, silent)
@@ -205,6 +211,8 @@ def run_objective(
             raise ValueError(
                 f"{run.path} was trained on other data (fingerprint {recorded}, here {here}); allow it with --allow-other-data"
             )
+        if settings.num_examples is not None:
+            train = choose(train, settings.num_examples)
         config = run.config
         where = torch.device(local_device(device)) if device else config.torch_device()
         model = task.initial_model(config.seed)

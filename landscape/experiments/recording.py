@@ -12,7 +12,7 @@ from torch import Tensor
 
 from landscape.checkpoints import open_run
 from landscape.checkpoints.writer import RunWriter
-from landscape.data.dataset import TensorData
+from landscape.data.dataset import Examples
 from landscape.functional import Buffers
 from landscape.ranks import current
 from landscape.tasks import Task
@@ -23,17 +23,31 @@ from landscape.training.state import LearnerState
 
 CONVERGENCE_WINDOW = 50
 """Steps at the end of a run on which convergence is judged (theory.md sec. 8)."""
+SPARSE_WINDOW = 5
+"""Where losses are taken on a part of the data, because all would take longer than training: every so many of these steps."""
 
 
-def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bool) -> dict[str, Any]:
+def is_judged(program: Program, step: int) -> bool:
+    """Whether the training loss of w_a after so many steps counts for convergence."""
+    left = program.config.num_steps - step
+    return left < CONVERGENCE_WINDOW and (program.evaluation_examples is None or left % SPARSE_WINDOW == 0)
+
+
+def metrics(program: Program, state: LearnerState, test: Examples, *, full: bool) -> dict[str, Any]:
     """Losses of w_a (and of each learner when `full`), consensus distance, per-parameter spread; the same on every process.
 
     Each process evaluates w_a, with BatchNorm statistics measured there, on its share of the examples, and its own learners on all
-    held-out ones.
+    held-out ones; or of these only `Program.part`.
+
+    Args:
+        program: what is trained.
+        state: of its learners.
+        test: the part of the held-out data that is evaluated, on the device.
+        full: whether to add held-out losses.
     """
     d, ranks = program.model.layout.num_parameters, current()
     mean, buffers = averaged_for_evaluation(program, state)
-    train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.train, ranks=ranks)
+    train_loss, train_accuracy = evaluate(program.evaluation_model, mean, buffers, program.evaluated, ranks=ranks)
     distance = float(program.consensus_distances(state)[0])
     entry: dict[str, Any] = {
         "step": state.step,
@@ -58,16 +72,18 @@ def metrics(program: Program, state: LearnerState, test: TensorData, *, full: bo
 def averaged_for_evaluation(program: Program, state: LearnerState) -> tuple[Tensor, Buffers]:
     """w_a of each replica (R, d), and its buffers with BatchNorm statistics measured at it."""
     mean, buffers = program.averaged(state)
-    return mean, recalibrated(program.evaluation_model, mean, buffers, program.train, program.seeds)
+    return mean, recalibrated(program.evaluation_model, mean, buffers, program.evaluated, program.seeds)
 
 
-def recent_losses(path: Path) -> list[float]:
-    """Training losses of w_a logged so far, on which convergence is judged: of a replay, those since it began."""
+def judged_losses(program: Program, path: Path) -> list[float]:
+    """Training losses of w_a logged so far on which convergence is judged: of a replay, those since it began."""
     run = open_run(path)
     if run.metrics.empty or "train_loss" not in run.metrics:
         return []
-    own = run.metrics[run.metrics["step"] >= run.record.get("replayed", {}).get("step", 0)]
-    return [float(v) for v in own["train_loss"].dropna()][-CONVERGENCE_WINDOW:]
+    own = run.metrics[run.metrics["step"] >= run.record.get("replayed", {}).get("step", 0)].dropna(
+        subset=["train_loss"]
+    )
+    return [float(v) for step, v in zip(own["step"], own["train_loss"], strict=True) if is_judged(program, int(step))]
 
 
 def checkpoint(program: Program, state: LearnerState, writer: RunWriter) -> None:

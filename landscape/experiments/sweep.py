@@ -14,9 +14,9 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from landscape.data.dataset import TensorData
+from landscape.data.dataset import Examples
 from landscape.experiments.interrupt import Interruptible
-from landscape.experiments.recording import CONVERGENCE_WINDOW, averaged_for_evaluation
+from landscape.experiments.recording import averaged_for_evaluation, is_judged
 from landscape.experiments.train import outcome
 from landscape.experiments.variants import Variant as Variant
 from landscape.experiments.variants import calibrated_profile, replica_config, replica_key, variant_named
@@ -92,7 +92,7 @@ def stability_map(
 
 def _column(
     task: Task, config: TrainConfig, variant: Variant, variants: Sequence[Variant], pairs: list[tuple[float, int]],
-    train_data: TensorData, test: TensorData, reference: xr.Dataset | None, out: Path, bar: tqdm, data_root: str | Path | None,
+    train_data: Examples, test: Examples, reference: xr.Dataset | None, out: Path, bar: tqdm, data_root: str | Path | None,
 ) -> xr.Dataset:  # fmt: skip
     """All replicas of a variant, in the order of the (rate, seed) pairs: those run before are read, the others run in groups."""
     configs = [replica_config(config, variant, *pair) for pair in pairs]
@@ -135,7 +135,7 @@ def _matched(reference: xr.Dataset, rate: float, seed: int, num_steps: int) -> n
     return np.interp(np.arange(num_steps), reference["step"].values[known], recorded[known])
 
 
-def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
+def run_replicas(program: Program, test: Examples, bar: tqdm) -> xr.Dataset:
     """Run a program from its start to its end in memory; (replica[, step]), see `stability_map`.
 
     Raises:
@@ -151,10 +151,10 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
         while True:
             step = state.step
             regular = step % config.log_every == 0 or step == config.num_steps
-            if regular or step > config.num_steps - CONVERGENCE_WINDOW:
+            if regular or is_judged(program, step):
                 mean, buffers = averaged_for_evaluation(program, state)
-                loss = evaluate(program.evaluation_model, mean, buffers, program.train)[0].cpu().numpy()
-                if step > config.num_steps - CONVERGENCE_WINDOW:
+                loss = evaluate(program.evaluation_model, mean, buffers, program.evaluated)[0].cpu().numpy()
+                if is_judged(program, step):
                     last.append(loss)
                 if regular:
                     logged.append(step)
@@ -172,7 +172,9 @@ def run_replicas(program: Program, test: TensorData, bar: tqdm) -> xr.Dataset:
     finite = alive.cpu().numpy()
     mean, buffers = averaged_for_evaluation(program, state)
     accuracy = (
-        evaluate(program.evaluation_model, mean, buffers, test.to(program.device, program.dtype))[1].cpu().numpy()
+        evaluate(program.evaluation_model, mean, buffers, program.part(test).to(program.device, program.dtype))[1]
+        .cpu()
+        .numpy()
     )
     final = np.asarray(last)
     return xr.Dataset(

@@ -6,7 +6,6 @@ import math
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from landscape.checkpoints import CheckpointError, Learners, Run, open_run
 from landscape.checkpoints.format import CHECKPOINTS, METRICS_FILE, digest, step_name, write_atomically
 from landscape.checkpoints.reader import restore_state
 from landscape.checkpoints.writer import RunWriter
-from landscape.data.dataset import TensorData
+from landscape.data.dataset import Examples
 from landscape.experiments.interrupt import Interruptible
 from landscape.experiments.profiles import load_profile, profile_for, save_profile
-from landscape.experiments.recording import CONVERGENCE_WINDOW, announce, checkpoint, metrics, recent_losses
+from landscape.experiments.recording import announce, checkpoint, is_judged, judged_losses, metrics
 from landscape.experiments.run_directory import (
     LAUNCH,
     NOISE_FILE,
@@ -184,7 +183,7 @@ def record_run(
     if not quiet:
         announce(task, config, writer.record, resumed_at=None if run is None else state.step)
     try:
-        _loop(program, state, test_data.to(device, config.torch_dtype), writer, quiet=quiet)
+        _loop(program, state, program.part(test_data).to(device, config.torch_dtype), writer, quiet=quiet)
     finally:
         writer.close()
     ranks.barrier()  # until the record is written
@@ -209,7 +208,7 @@ def _check_request(config: TrainConfig, graph: Topology, out: Path, *, resume: b
 
 
 def _record(
-    task: Task, config: TrainConfig, graph: Topology, train_data: TensorData, test_data: TensorData, fingerprint: dict[str, str],
+    task: Task, config: TrainConfig, graph: Topology, train_data: Examples, test_data: Examples, fingerprint: dict[str, str],
     program: Program, origin: Origin | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What run.json says of a run that begins."""
@@ -227,6 +226,7 @@ def _record(
             "num_test": len(test_data),
             "fingerprint": fingerprint,
         },
+        **({} if program.evaluation_examples is None else {"evaluation_examples": program.evaluation_examples}),
         "threshold": task.threshold,
         "constant_loss": task.constant_loss,
         "num_parameters": program.model.layout.num_parameters,
@@ -235,10 +235,10 @@ def _record(
     }
 
 
-def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWriter, *, quiet: bool) -> None:
+def _loop(program: Program, state: LearnerState, test: Examples, writer: RunWriter, *, quiet: bool) -> None:
     config = program.config
     alive = torch.ones(1, dtype=torch.bool, device=program.device)
-    recent: deque[float] = deque(recent_losses(writer.path), maxlen=CONVERGENCE_WINDOW)
+    judged = judged_losses(program, writer.path)
     last_loss = math.nan
     diagnostics = Diagnostics(program) if config.diagnose_every else None
     diagnosing = 0.0
@@ -256,7 +256,7 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
         checkpoint(program, state, writer)
         while state.step < config.num_steps:
             step = state.step
-            logged = step % config.log_every == 0 or step >= config.num_steps - CONVERGENCE_WINDOW
+            logged = step % config.log_every == 0 or is_judged(program, step)
             entry = metrics(program, state, test, full=step % config.log_every == 0) if logged else None
             diagnosed = diagnostics is not None and step % config.diagnose_every == 0
             new, record = program.step(state, alive, stop=interrupt.requested, keep_gradient=diagnosed)
@@ -279,7 +279,8 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
             state = new
             if entry is not None:
                 if "train_loss" in entry:
-                    recent.append(entry["train_loss"])
+                    if is_judged(program, step):
+                        judged.append(entry["train_loss"])
                     bar.set_postfix(loss=f"{entry['train_loss']:.3f}", refresh=False)
                 rate = config.learning_rate * program.schedule(step)
                 elapsed = time.perf_counter() - begun
@@ -299,10 +300,10 @@ def _loop(program: Program, state: LearnerState, test: TensorData, writer: RunWr
             print(f"diagnostics: {diagnosing:.2f} s, {share:.1%} beside the rest of the run", file=sys.stderr)
     entry = metrics(program, state, test, full=True)
     writer.append_metrics(entry)
-    recent.append(entry["train_loss"])
-    verdict = outcome(np.asarray(recent)[:, None], program.task.threshold, program.task.constant_loss)[0]
+    judged.append(entry["train_loss"])
+    verdict = outcome(np.asarray(judged)[:, None], program.task.threshold, program.task.constant_loss)[0]
     writer.write_record(
-        status="complete", outcome={"outcome": verdict, "median_last_train_loss": statistics.median(recent)}, **spent
+        status="complete", outcome={"outcome": verdict, "median_last_train_loss": statistics.median(judged)}, **spent
     )
 
 

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from landscape import streams
-from landscape.data.dataset import TensorData
+from landscape.data.dataset import Examples
 from landscape.data.sampling import IndexSampler
+from landscape.data.selection import choose
 from landscape.functional import Buffers, FunctionalModel
 from landscape.tasks import Task
 from landscape.training.algorithms import Evaluation, LocalUpdate, Step
@@ -70,7 +71,7 @@ class Program:
         task: Task,
         config: TrainConfig,
         topology: Topology,
-        train: TensorData,
+        train: Examples,
         *,
         seeds: Sequence[int] | None = None,
         learning_rates: Sequence[float] | None = None,
@@ -99,6 +100,9 @@ class Program:
         self.model = FunctionalModel(module, task.loss_fn, batched=batched).to(self.device, self.dtype)
         self.evaluation_model = self.model.evaluation()
         self.train = train.to(self.device, self.dtype)
+        chosen = task.evaluation_examples if config.evaluation_examples is None else config.evaluation_examples
+        self.evaluation_examples = chosen or None
+        self.evaluated = self.part(self.train)
         self.communicator = communicator or StackedCommunicator(config.num_learners, ordered=config.reproducible)
         self.num_held = len(self.communicator.held)
         if self.num_held < config.num_learners and len(self.seeds) > 1:
@@ -124,6 +128,10 @@ class Program:
         self._profiles = [p.to(self.device, self.dtype) for p in profiles or ()]
         self._check_profiles()
         self.minibatches = Minibatches(self.model, self.train, config, self.seeds, held)
+
+    def part(self, data: Examples) -> Examples:
+        """The part of a data set on which logged losses are taken."""
+        return data if self.evaluation_examples is None else choose(data, self.evaluation_examples)
 
     @property
     def num_replicas(self) -> int:
@@ -230,7 +238,9 @@ class Program:
         c, indices = self.config, self.sampler.indices(state.step).to(self.device)
 
         def evaluate(points: Tensor, take: Take | None) -> Evaluation:
-            return self.evaluate(points, state, indices, take)
+            ahead = self.train.reads_ahead and state.step + 1 < c.num_steps
+            following = self.sampler.indices(state.step + 1).to(self.device) if ahead else None
+            return self.minibatches.evaluate(points, state, indices, take, following=following)
 
         def losses(points: Tensor, learner: int) -> Tensor:
             return self.minibatches.losses(points, learner, state, indices)

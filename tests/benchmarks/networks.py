@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from landscape.data.digits import digits as split_digits
-from landscape.data.vision import import_torchvision
+from landscape.optional import import_torchvision
 
 
 class Block(nn.Module):

@@ -481,5 +481,7 @@ def test_the_torchrun_command_itself(tmp_path: Path, undisturbed: Run) -> None:
     assert process.returncode == 1
     told = [line for line in stderr.splitlines() if line.startswith("landscape:")]
     assert len(told) == 1
-    assert re.fullmatch(r"landscape: stopped at step \d+; continue with --resume", told[0])  # the agent passes signals on when it can
+    assert re.fullmatch(
+        r"landscape: stopped at step \d+; continue with --resume", told[0]
+    )  # the agent passes signals on when it can
     assert open_run(tmp_path / "run").status == "interrupted"

@@ -45,9 +45,28 @@ class Unused(nn.Module):
 NETWORK = partial(mlp, (6, 5, 3), "tanh")
 
 
-def make_task(network: Any = NETWORK) -> Task:
+class Jittered(TensorData):
+    """Examples that are moved about at random, and count how often what was announced is what is drawn next."""
+
+    num_random, reads_ahead = 6, True  # type: ignore[assignment]
+
+    def draw(self, indices: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        announced = ANNOUNCED.pop("next", None)
+        if announced is not None and torch.equal(announced[0], indices) and torch.equal(announced[1], uniforms):
+            ANNOUNCED["hits"] = ANNOUNCED.get("hits", 0) + 1
+        inputs, targets = self.batch(indices)
+        return inputs + uniforms - 0.5, targets
+
+    def expect(self, indices: Tensor, uniforms: Tensor) -> None:
+        ANNOUNCED["next"] = indices.clone(), uniforms.clone()
+
+
+ANNOUNCED: dict[str, Any] = {}
+
+
+def make_task(network: Any = NETWORK, kind: type[TensorData] = TensorData) -> Task:
     generator = torch.Generator().manual_seed(1)
-    data = TensorData(torch.randn(40, 6, generator=generator, dtype=torch.float64), torch.randint(0, 3, (40,), generator=generator))  # fmt: skip
+    data = kind(torch.randn(40, 6, generator=generator, dtype=torch.float64), torch.randint(0, 3, (40,), generator=generator))  # fmt: skip
     return Task(
         "spread", "a small network", network, nn.functional.cross_entropy, lambda root: (data, data), 0.7, math.log(3)
     )
@@ -78,6 +97,9 @@ CASES: dict[str, tuple[TrainConfig, Any]] = {
     "dpsgd-convolutional": (make_config("dpsgd", channels_last=True), convolutional),
     "dpsgd-in-parts": (make_config("dpsgd", accumulation=4), None),
     "dpsgd-gamma": (make_config("dpsgd", gamma=0.7, gamma_schedule="step:2:0.5", topology="complete"), None),
+    "ssgd-augmented-in-parts": (make_config("ssgd", accumulation=2), partial(make_task, kind=Jittered)),
+    "dpsgd-augmented": (make_config("dpsgd", batching="interleaved"), partial(make_task, kind=Jittered)),
+    "ubar-augmented": (make_config("ubar", topology="complete"), partial(make_task, kind=Jittered)),
     "dpsgd-interleaved": (make_config("dpsgd", batching="interleaved"), None),
     "local-sgd": (make_config("local-sgd", local_steps=2, **MOMENTUM), None),
     "ssgd-reproducible": (make_config("ssgd", reproducible=True), None),
@@ -110,7 +132,8 @@ CASES: dict[str, tuple[TrainConfig, Any]] = {
 def trained(name: str, ranks: Ranks) -> dict[str, Tensor]:
     """All learners after some steps, and what the run says of itself."""
     config, network = CASES[name]
-    task = make_task() if network is None else make_task(network)
+    ANNOUNCED.clear()
+    task = make_task() if network is None else network() if isinstance(network, partial) else make_task(network)
     backend = (
         DistributedCommunicator(ranks, config.num_learners, ordered=config.reproducible, bucket_bytes=BUCKET_BYTES)
         if ranks.size > 1
@@ -182,6 +205,31 @@ def test_shares_cover_everything_once_and_evenly(count: int, size: int) -> None:
     shares = Ranks(0, size).shares(count)
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_augmentation_hangs_on_seed_learner_and_step_alone() -> None:
+    """Not on how learners are batched, nor on the parts; and it changes what is learned, not what is measured."""
+    ends: dict[str, Tensor] = {}
+    for name, options in {"stacked": {"batching": "stacked"}, "interleaved": {"batching": "interleaved"}, "parts": {"accumulation": 2}}.items():  # fmt: skip
+        ANNOUNCED.clear()
+        task = make_task(kind=Jittered)
+        program = Program(task, make_config("dpsgd", **options), topology("ring", 5), task.load_data(None)[0])
+        state, alive = program.initial_state(), torch.ones(1, dtype=torch.bool)
+        for _ in range(STEPS):
+            state, _ = program.step(state, alive)
+        ends[name] = state.params
+        pieces = {"stacked": 1, "interleaved": 5, "parts": 2}[name]
+        assert ANNOUNCED["hits"] == STEPS * pieces - 1, "all but the first were read ahead"
+        assert "next" not in ANNOUNCED, "nothing is read ahead that is not drawn"
+    torch.testing.assert_close(ends["stacked"], ends["interleaved"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ends["stacked"], ends["parts"], rtol=1e-12, atol=1e-12)
+    plain = Program(make_task(), make_config("dpsgd"), topology("ring", 5), make_task().load_data(None)[0])
+    state = plain.initial_state()
+    for _ in range(STEPS):
+        state, _ = plain.step(state, alive)
+    assert float((state.params - ends["stacked"]).abs().max()) > 1e-3
+    data = program.train
+    assert torch.equal(data.rows(slice(0, 40))[0], make_task().load_data(None)[0].rows(slice(0, 40))[0])
 
 
 @pytest.mark.parametrize("field", ["accumulation", "channels_last", "batching"])

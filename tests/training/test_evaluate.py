@@ -17,7 +17,8 @@ def network() -> nn.Module:
 
 def test_recalibration_measures_the_statistics_at_the_weights() -> None:
     generator = torch.Generator().manual_seed(1)
-    data = TensorData(torch.randn(300, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (300,), generator=generator))  # fmt: skip
+    count = RECALIBRATION_EXAMPLES + 452
+    data = TensorData(torch.randn(count, 4, generator=generator, dtype=torch.float64), torch.randint(0, 3, (count,), generator=generator))  # fmt: skip
     model = FunctionalModel(network(), nn.functional.cross_entropy)
     weights, own = model.initial_weights()
     stacked = torch.stack([weights, 2 * weights])
@@ -29,7 +30,7 @@ def test_recalibration_measures_the_statistics_at_the_weights() -> None:
         # examples are drawn with replacement: the mean of 2,048 lies within 5 standard errors of that of all
         tolerance = 5 * hidden.std(0) / RECALIBRATION_EXAMPLES**0.5
         assert bool(((found["1.running_mean"][r] - hidden.mean(0)).abs() < tolerance).all())
-        torch.testing.assert_close(found["1.running_var"][r], hidden.var(0), rtol=0.2, atol=0)
+        torch.testing.assert_close(found["1.running_var"][r], hidden.var(0), rtol=0.05, atol=0)
     assert torch.equal(found["1.num_batches_tracked"], buffers["1.num_batches_tracked"])
     again = recalibrated(model, stacked, found, data, seeds=(3, 3))
     assert all(torch.equal(found[name], again[name]) for name in found), "it does not hang on what was there before"
@@ -37,6 +38,36 @@ def test_recalibration_measures_the_statistics_at_the_weights() -> None:
     assert RECALIBRATION_EXAMPLES % RECALIBRATION_BATCH == 0, "the average weighs batches alike"
     losses = [evaluate(model.evaluation(), stacked, b, data)[0] for b in (buffers, found)]
     assert not torch.equal(losses[0], losses[1])
+
+
+def test_recalibration_takes_each_of_few_examples_once() -> None:
+    data = TensorData(torch.randn(300, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), torch.zeros(300, dtype=torch.long))  # fmt: skip
+    model = FunctionalModel(network(), nn.functional.cross_entropy)
+    weights, own = model.initial_weights()
+    layers = model.layout.split(weights)
+    hidden = data.inputs @ layers["0.weight"].T + layers["0.bias"]
+    found = recalibrated(model, weights[None], {name: b[None] for name, b in own.items()}, data, seeds=(3,))
+    torch.testing.assert_close(found["1.running_mean"][0], hidden.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found["1.running_var"][0], (hidden[:150].var(0) + hidden[150:].var(0)) / 2)
+
+
+def test_accuracy_of_sequences_counts_the_positions_that_are_not_ignored() -> None:
+    scores = torch.tensor([[[2.0, 1.0], [0.0, 1.0], [5.0, 0.0]], [[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]])
+    targets = torch.tensor([[0, 1, 1], [1, -100, -100]])
+    model = FunctionalModel(nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False)), nn.functional.cross_entropy)
+    weights = torch.eye(2).flatten()[None]
+    for chunk in (None, 1):
+        losses, accuracies = evaluate(model, weights, {}, TensorData(scores, targets), chunk=chunk)
+        assert float(accuracies[0]) == 3 / 4
+        expected = nn.functional.cross_entropy(scores.movedim(-1, 1), targets).double()
+        torch.testing.assert_close(losses[0], expected, rtol=1e-6, atol=0)
+
+
+def test_accuracy_is_unknown_where_outputs_are_no_classes() -> None:
+    model = FunctionalModel(nn.Linear(2, 2), nn.functional.mse_loss)
+    weights, _ = model.initial_weights()
+    _, accuracies = evaluate(model, weights[None], {}, TensorData(torch.randn(5, 2), torch.randn(5, 2)))
+    assert bool(accuracies.isnan().all())
 
 
 def test_a_network_without_statistics_keeps_its_buffers() -> None:

@@ -197,7 +197,7 @@ def main(folder: str) -> None:
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
-    from landscape.data.vision import import_torchvision
+    from landscape.optional import import_torchvision
 
     import_torchvision("torchvision")  # whose wheel lacks compiled operators; transformers imports it
     for name in ("accelerate", "deepspeed", "transformers.trainer", "transformers.models.gpt2", "torch._dynamo"):

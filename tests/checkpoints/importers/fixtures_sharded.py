@@ -387,7 +387,7 @@ def accelerate(folder: Path, rank: int) -> None:
 
 
 def lightning(folder: Path, rank: int) -> None:
-    from landscape.data.vision import import_torchvision
+    from landscape.optional import import_torchvision
 
     import_torchvision("torchvision")
     import lightning

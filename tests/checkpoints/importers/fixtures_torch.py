@@ -297,7 +297,7 @@ def main(folder: str) -> None:
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
-    from landscape.data.vision import import_torchvision
+    from landscape.optional import import_torchvision
 
     import_torchvision("torchvision")  # whose wheel lacks compiled operators; lightning imports it
     for name in ("lightning.pytorch", "decent_dp.ddp", "torch._dynamo"):
