@@ -19,26 +19,26 @@ from landscape.tasks import get_task
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 FORMS = (
-    "cifar10-efficientnet-b0@width=1/8,examples=64",
-    "cifar10-senet18@width=1/16,size=16,examples=64",
-    "cifar10-vgg19@width=1/16,examples=64",
-    "cifar10-resnet18@width=1/16,size=16,examples=64",
-    "cifar10-densenet121@width=1/4,size=8,examples=64",
-    "cifar10-mobilenet@width=1/8,size=16,examples=64",
-    "cifar10-mobilenetv2@width=1/8,size=16,examples=64",
-    "cifar10-shufflenetv2@width=1/2,size=16,examples=64",
-    "cifar10-googlenet@width=1/8,size=8,examples=64",
-    "cifar10-resnext29@width=1/16,size=8,examples=64",
-    "imagenette-alexnet@width=1/16,size=64,examples=64",
-    "imagenette-vgg11@width=1/16,size=32,examples=64",
-    "imagenette-vgg11-bn@width=1/16,size=32,examples=64",
-    "imagenette-resnet50@width=1/16,size=32,examples=64",
-    "imagenette-resnext50@width=1/4,size=32,examples=64",
-    "imagenette-densenet161@width=1/4,size=32,examples=64",
-    "fsdd-blstm@width=1/32,examples=64",
+    "cifar10-efficientnet-b0@width=1/8,examples=32",
+    "cifar10-senet18@width=1/16,size=16,examples=32",
+    "cifar10-vgg19@width=1/16,examples=32",
+    "cifar10-resnet18@width=1/16,size=16,examples=32",
+    "cifar10-densenet121@width=1/4,size=8,examples=32",
+    "cifar10-mobilenet@width=1/8,size=16,examples=32",
+    "cifar10-mobilenetv2@width=1/8,size=16,examples=32",
+    "cifar10-shufflenetv2@width=1/2,size=16,examples=32",
+    "cifar10-googlenet@width=1/8,size=8,examples=32",
+    "cifar10-resnext29@width=1/16,size=8,examples=32",
+    "imagenette-alexnet@width=1/16,size=64,examples=32",
+    "imagenette-vgg11@width=1/16,size=32,examples=32",
+    "imagenette-vgg11-bn@width=1/16,size=32,examples=32",
+    "imagenette-resnet50@width=1/16,size=32,examples=32",
+    "imagenette-resnext50@width=1/4,size=32,examples=32",
+    "imagenette-densenet161@width=1/4,size=32,examples=32",
+    "fsdd-blstm@width=1/32,examples=32",
 )
-CONFIG = {"num_learners": 4, "local_batch_size": 4, "num_steps": 3, "checkpoint_every": 0, "evaluation_examples": 32}
-FEW = ls.MeasureConfig(num_draws=3, num_smoothing_samples=2, num_examples=16)
+CONFIG = {"num_learners": 4, "local_batch_size": 4, "num_steps": 2, "checkpoint_every": 0, "evaluation_examples": 16}
+FEW = ls.MeasureConfig(num_draws=3, num_smoothing_samples=2, num_examples=8)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -49,27 +49,29 @@ def test_it_trains_and_can_be_measured(form: str, tmp_path: Path) -> None:
     for run in (ssgd, dpsgd):
         assert run.status == "complete"
         assert np.isfinite(run.metrics["train_loss"]).all()
-        assert run.record["evaluation_examples"] == 32
-    last = dpsgd.learners(3)
-    assert ssgd.learners(3).consensus_distance == 0
+        assert run.record["evaluation_examples"] == 16
+    last = dpsgd.learners(2)
+    assert ssgd.learners(2).consensus_distance == 0
     assert last.consensus_distance > 0
     statistics = [b for name, b in last.buffers.items() if name.endswith("running_mean")]
     assert len(statistics) == len(measured_norms(task.build_model()))
-    assert all(bool((b[0] != b[1]).any()) for b in statistics), "each learner has statistics of its own"
+    applied = [b for b in statistics if bool(b.any())]  # EfficientNet's first expansion is counted, and not applied
+    assert len(applied) >= len(statistics) - 1
+    assert all(bool((b[0] != b[1]).any()) for b in applied), "each learner has statistics of its own"
 
-    found = ls.measure(dpsgd, ["effective-learning-rate"], [3], settings=FEW, task=task, quiet=True)["effective-learning-rate"]  # fmt: skip
-    assert found.attrs["num_examples"] == 16
+    found = ls.measure(dpsgd, ["effective-learning-rate"], [2], settings=FEW, task=task, quiet=True)["effective-learning-rate"]  # fmt: skip
+    assert found.attrs["num_examples"] == 8
     assert np.isfinite(float(found["alpha_e_ratio_mean"][0]))
     assert float(found["alpha_e_ratio_stderr"][0]) > 0
 
-    train = choose(task.load_data(None)[0], 8)
+    train = choose(task.load_data(None)[0], 4)
     objective = ls.Objective(task.initial_model(0), task.loss_fn, train).recalibrated(last.mean)
     operator = ls.hessian(objective, last.mean)
     u, v = torch.randn(2, objective.num_parameters, generator=torch.Generator().manual_seed(0))
     hu, hv = operator @ u, operator @ v
     scale = float(u.norm() * hv.norm() + v.norm() * hu.norm())
     assert abs(float(u @ hv - v @ hu)) < 1e-4 * scale
-    top = ls.top_eigenpairs(operator, k=1, max_matvecs=12, tol=0.1)
+    top = ls.top_eigenpairs(operator, k=1, max_matvecs=8, tol=0.1)
     quotient = float(top.vectors[:, 0] @ (operator @ top.vectors[:, 0]))
     assert float(top.values[0]) == pytest.approx(quotient, rel=1e-3, abs=1e-5)
     density = ls.spectral_density(operator, num_probes=1, num_steps=6)

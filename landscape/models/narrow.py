@@ -18,9 +18,9 @@ Layer = nn.Conv2d | nn.BatchNorm2d | nn.Linear | nn.LSTM
 def narrow(module: nn.Module, width: Fraction | float | int) -> nn.Module:
     """A network like `module` with all its channels times `width`, newly initialised as the network is.
 
-    The inputs of the first layer and the outputs of the last stay. Depthwise convolutions stay depthwise; other groups stay where each
-    keeps two channels or more, and otherwise there are fewer. The squeezed channels of squeeze-excitation are rounded up. Works on
-    networks of Conv2d, BatchNorm2d, Linear and LSTM layers whose other modules keep no number of channels: those of this package and
+    The inputs of the first layer and the outputs of the last stay. Grouped convolutions, depthwise ones among them, have fewer groups of the
+    same size where two or more whole groups are left, and as many smaller ones elsewhere. The squeezed channels of squeeze-excitation are
+    rounded up. Works on networks of Conv2d, BatchNorm2d, Linear and LSTM layers whose other modules keep no number of channels: those of this package and
     torchvision's AlexNet, VGG, ResNet, DenseNet.
 
     Args:
@@ -124,9 +124,10 @@ def _groups(name: str, layer: nn.Conv2d, inputs: int, outputs: int, share: Fract
         return 1
     if layer.groups == layer.in_channels:  # depthwise
         return inputs
-    for groups in (Fraction(layer.groups), layer.groups * share):
-        if groups.denominator == 1 and inputs % groups == outputs % groups == 0 and inputs > groups:
-            return int(groups)
+    fewer = layer.groups * share
+    groups = int(fewer) if fewer.denominator == 1 and fewer > 1 else layer.groups
+    if inputs % groups == outputs % groups == 0:
+        return groups
     raise ValueError(
         f"a width of {share} leaves {inputs} channels for the {layer.groups} groups of {name}, too few; use a larger one"
     )

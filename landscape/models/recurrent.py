@@ -34,6 +34,6 @@ def blstm(features: int = 260, states: int = 32_000, cells: int = 512, layers: i
         bottleneck: outputs of the linear layer before the last.
 
     >>> sum(p.numel() for p in blstm(features=2, states=5, cells=3, layers=2, bottleneck=4).parameters())
-    445
+    485
     """
     return BLSTM(features, states, cells, layers, bottleneck)

@@ -13,6 +13,7 @@ says; their full forms take a step on images of full size, and on random frames.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from landscape.provenance import code_version
 from landscape.tasks import TASKS, Task, get_task
 from landscape.training.loop import Program
 from landscape.training.topology import topology
-from tests.benchmarks.timing import RESULTS, seconds, store
+from tests.benchmarks.timing import RESULTS, peak_mib, seconds, store
 
 FORMS: dict[str, tuple[str, float]] = {
     "cifar10-efficientnet-b0": ("cifar10-efficientnet-b0@width=1/4,examples=2000", 0.1),
@@ -159,10 +160,16 @@ def measured(run: Path, task: Task, data_root: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def forget_peak() -> int:
+    """Give what is free back to the system, and count the largest resident memory anew; returns what is resident, in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
 def peak() -> int:
-    """Largest resident memory since the last reset, in bytes."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+    """Largest resident memory since `forget_peak`, in bytes."""
+    return round(peak_mib() * 2**20)
 
 
 def priced(task: Task, train: Examples) -> dict[str, Any]:
@@ -171,8 +178,7 @@ def priced(task: Task, train: Examples) -> dict[str, Any]:
     objective = objective.recalibrated(objective.model.initial_weights()[0])
     weights = objective.model.initial_weights()[0]
     told = preflight(objective, weights)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak()
+    before = forget_peak()
     operator = ls.hessian(objective, weights)
     vector = torch.randn(objective.num_parameters, generator=torch.Generator().manual_seed(0))
     first = seconds(lambda: operator @ vector)[0]
@@ -198,7 +204,7 @@ def full_step(name: str, data_root: str) -> dict[str, Any]:
         task = replace(task, load_data=random_frames)
     elif name.startswith("imagenet-"):
         task = replace(task, load_data=get_task(f"imagenette-{name.removeprefix('imagenet-')}@examples=64").load_data)
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     train = task.load_data(data_root)[0]
     c = config("dpsgd", 1e-3, local_batch_size=2, num_steps=1)
     program = Program(task, c, topology("ring", LEARNERS), train)
