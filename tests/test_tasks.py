@@ -60,6 +60,14 @@ def test_scales_that_mean_nothing_to_a_task() -> None:
         get_task("mnist-mlp@examples=5000").load_data(None)
 
 
+def test_images_that_are_too_small_for_a_network() -> None:
+    with pytest.raises(ValueError, match="images of 16x16 are too small for cifar10-vgg19"):
+        get_task("cifar10-vgg19@size=16")
+    with pytest.raises(ValueError, match="images of 32x32 are too small for imagenette-alexnet"):
+        get_task("imagenette-alexnet@size=32")
+    assert get_task("cifar10-resnet18@size=8").name == "cifar10-resnet18@size=8"
+
+
 def test_names_that_are_nobodys() -> None:
     with pytest.raises(ValueError, match="no such task: cifar10-resnet19; there are"):
         get_task("cifar10-resnet19")

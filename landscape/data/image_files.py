@@ -209,7 +209,10 @@ def split_folders(root: Path) -> tuple[str, str]:
         try:
             there = some(sorted(os.listdir(root))) or "nothing"
         except OSError as error:
-            raise ValueError(f"{root} cannot be read: {error.strerror or error}") from error
+            raise ValueError(
+                f"{root} cannot be read: {error.strerror or error}; put the folders train and val there, each with a folder of images a class "
+                "(ImageNet-1K: image-net.org; torchvision.datasets.ImageNet unpacks its archives; ten of its classes: Imagenette of fast.ai)"
+            ) from error
         raise ValueError(
             f"{root} must hold the folders train and val, each with a folder of images a class; missing: {', '.join(missing)}; there is: {there}"
         )

@@ -78,6 +78,8 @@ def _task(
     load: Callable[[str | Path | None], tuple[Examples, Examples]], num_classes: int, recipe: Recipe,
 ) -> Task:  # fmt: skip
     constant = math.log(num_classes)
+    if scale.size is not None:
+        _check_size(name, build, scale.size)
     return Task(
         name=name,
         description=description,
@@ -90,6 +92,16 @@ def _task(
         evaluation_examples=1024,
         recipe=recipe,
     )
+
+
+def _check_size(name: str, build: Callable[[], nn.Module], size: int) -> None:
+    """Raise for images that a network makes smaller than nothing; nothing is computed."""
+    try:
+        with torch.device("meta"):
+            build().eval()(torch.empty(1, 3, size, size))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"images of {size}x{size} are too small for {name} ({reason}); choose a larger size") from error
 
 
 def _narrowed(build: Callable[[], nn.Module], width: Fraction) -> nn.Module:
