@@ -101,7 +101,9 @@ def _check_size(name: str, build: Callable[[], nn.Module], size: int) -> None:
             build().eval()(torch.empty(1, 3, size, size))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"images of {size}x{size} are too small for {name} ({reason}); choose a larger size") from error
+        raise ValueError(
+            f"images of {size}x{size} are too small for {name} ({reason}); choose a larger size"
+        ) from error
 
 
 def _narrowed(build: Callable[[], nn.Module], width: Fraction) -> nn.Module:

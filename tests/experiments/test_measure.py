@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
 from landscape.checkpoints import Run
 from landscape.checkpoints.format import MEASUREMENTS_FILE
 from landscape.data.dataset import TensorData
+from landscape.data.selection import choose
 from landscape.experiments.checkpoint import MeasureConfig
 from landscape.experiments.measure import measure
 from landscape.experiments.measures import DEFAULT_MEASURES, MEASURES
@@ -182,6 +184,21 @@ def test_the_length_of_smoothing_on_request(tiny_task: Task, tmp_path: Path) -> 
     assert found["status"].sel(step=0, kernel="learners").item() == "no deviations"
     assert set(found["status"].sel(step=[6, 12]).values.ravel()) <= {"found", "already below", "not reached"}
     assert float(found["target"].sel(step=6, kernel="learners")) == pytest.approx(2 / 0.3)
+
+
+def test_a_part_of_the_examples_can_stand_for_all(tiny_task: Task, tmp_path: Path) -> None:
+    """Everything is then measured as if the run's data were the choice."""
+    run = run_of(tiny_task, tmp_path / "run")
+    settings = dataclasses.replace(LIGHT, num_examples=12)
+    names = ["effective-learning-rate", "curvature"]
+    found = measure(run, names, [6], settings=settings, task=tiny_task, quiet=True)
+    train_data, test_data = tiny_task.load_data(None)
+    few = dataclasses.replace(tiny_task, load_data=lambda root: (choose(train_data, 12), test_data))
+    (run.path / MEASUREMENTS_FILE).unlink()
+    alone = measure(run, names, [6], settings=LIGHT, task=few, allow_other_data=True, quiet=True)
+    for name in names:
+        assert found[name].attrs["num_examples"] == 12
+        xr.testing.assert_equal(found[name].drop_attrs(), alone[name].drop_attrs())
 
 
 def test_an_estimated_gradient_and_a_small_budget(tiny_task: Task, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from landscape.checkpoints import Run, open_run
 from landscape.data.dataset import TensorData
+from landscape.data.selection import choose
 from landscape.experiments.interrupt import Interruptible
 from landscape.experiments.train import matched_sigma0, outcome, train
 from landscape.models import mlp
@@ -123,6 +124,26 @@ def test_a_run_records_what_it_did(tiny_task: Task, tmp_path: Path) -> None:
     rates = run.metrics["learning_rate"].dropna()
     assert rates.iloc[0] == pytest.approx(0.2 / 5)
     assert rates.max() == pytest.approx(0.2)
+
+
+def test_losses_on_a_part_of_the_data_are_logged_every_fifth_step_of_the_last_fifty(
+    tiny_task: Task, tmp_path: Path
+) -> None:
+    """Of a fixed choice of the examples, the same after an interruption; convergence is judged on them alone."""
+    config = TrainConfig("dpsgd", 0.1, num_learners=3, local_batch_size=2, num_steps=61, log_every=7, checkpoint_every=20,
+                         evaluation_examples=10, topology="complete")  # fmt: skip
+    run = train(tiny_task, config, tmp_path / "run", quiet=True)
+    judged = [*range(16, 61, 5), 61]
+    assert run.metrics["step"].tolist() == sorted({*range(0, 62, 7), *judged})
+    assert run.record["evaluation_examples"] == 10
+    model = tiny_task.initial_model(0).double()
+    inputs, targets = choose(tiny_task.load_data(None)[0], 10).rows(slice(0, 10))
+    last = run.learners(61)
+    model.load_state_dict({name: value.double() for name, value in last.parameters().items()})
+    expected = F.cross_entropy(model(inputs), targets).item()
+    assert run.metrics["train_loss"].iloc[-1] == pytest.approx(expected, rel=1e-5), "in float32"
+    losses = run.metrics.set_index("step")["train_loss"][judged]
+    assert run.record["outcome"]["median_last_train_loss"] == pytest.approx(float(losses.median()))
 
 
 def test_only_the_last_fifty_steps_and_every_kth_are_logged(tiny_task: Task, tmp_path: Path) -> None:
