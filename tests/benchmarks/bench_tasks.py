@@ -42,14 +42,14 @@ from landscape.training.topology import topology
 from tests.benchmarks.timing import RESULTS, peak_mib, seconds, store
 
 FORMS: dict[str, tuple[str, float]] = {
-    "cifar10-efficientnet-b0": ("cifar10-efficientnet-b0@width=1/4,examples=2000", 0.1),
+    "cifar10-efficientnet-b0": ("cifar10-efficientnet-b0@width=1/4,size=16,examples=2000", 0.1),
     "cifar10-senet18": ("cifar10-senet18@width=1/8,examples=2000", 0.05),
     "cifar10-vgg19": ("cifar10-vgg19@width=1/8,examples=2000", 0.05),
     "cifar10-resnet18": ("cifar10-resnet18@width=1/8,examples=2000", 0.05),
     "cifar10-densenet121": ("cifar10-densenet121@width=1/4,size=16,examples=2000", 0.05),
     "cifar10-mobilenet": ("cifar10-mobilenet@width=1/4,examples=2000", 0.05),
-    "cifar10-mobilenetv2": ("cifar10-mobilenetv2@width=1/4,examples=2000", 0.05),
-    "cifar10-shufflenetv2": ("cifar10-shufflenetv2@width=1/2,examples=2000", 0.05),
+    "cifar10-mobilenetv2": ("cifar10-mobilenetv2@width=1/4,size=16,examples=2000", 0.05),
+    "cifar10-shufflenetv2": ("cifar10-shufflenetv2@width=1/2,size=16,examples=2000", 0.05),
     "cifar10-googlenet": ("cifar10-googlenet@width=1/8,size=16,examples=2000", 0.05),
     "cifar10-resnext29": ("cifar10-resnext29@width=1/8,size=16,examples=2000", 0.05),
     "imagenet-alexnet": ("imagenette-alexnet@width=1/4,size=64,examples=1000", 0.02),
@@ -65,7 +65,7 @@ FORMS: dict[str, tuple[str, float]] = {
 
 LEARNERS, BATCH, STEPS = 4, 16, 50
 MEASURED_EXAMPLES = 64
-PRICED_EXAMPLES = 256
+PRICED_EXAMPLES = 128
 
 
 def row(name: str, data_root: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def trained(task: Task, algorithm: str, rate: float, data_root: str, folder: Pat
         "train",
         "--quiet",
     ]
-    subprocess.run([*command, *(str(w) for k, v in flags.items() for w in (f"--{k}", v))], check=True, capture_output=True,
+    subprocess.run([*command, *(str(w) for k, v in flags.items() for w in (f"--{k}", v))], check=True, stdout=subprocess.DEVNULL,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     spread = ls.open_run(folder / f"{algorithm}-2")
     other = spread.learners(STEPS)
@@ -185,8 +185,8 @@ def priced(task: Task, train: Examples) -> dict[str, Any]:
     again = statistics.median(seconds(lambda: operator @ vector)[0] for _ in range(3))
     memory = peak() - before
     gradient = statistics.median(seconds(lambda: objective.gradient(weights))[0] for _ in range(3))
-    top = ls.top_eigenpairs(operator, k=1, max_matvecs=40, tol=1e-2)
-    density = ls.spectral_density(operator, num_probes=2, num_steps=15)
+    top = ls.top_eigenpairs(operator, k=1, max_matvecs=30, tol=1e-2)
+    density = ls.spectral_density(operator, num_probes=2, num_steps=12)
     width = float(density.grid[1] - density.grid[0])
     return {
         "examples": len(choose(train, PRICED_EXAMPLES)), "problems": list(told.problems), "seconds_per_gradient": gradient, "seconds_per_product": again,

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.fuzz_importers [--tries 10000] [--formats plain DCP ...]
 
 Every format runs in processes of their own with bounded address space, so that a crash is seen and counted, and the tries go on after it.
+Formats are stored one by one, and those not named keep their rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.timing import store
+from landscape.provenance import code_version
+from tests.benchmarks.timing import RESULTS, store
 from tests.checkpoints.corpus import CORPUS
 from tests.checkpoints.fuzzing import LONGEST, ROOM, fuzz
 
@@ -52,7 +54,7 @@ def run_format(name: str, tries: int) -> dict[str, Any]:
             total[key] += tally[key]
         total["slowest_s"] = max(total["slowest_s"], tally["slowest"])
         total["failures"] += tally["failures"]
-    return {**total, "seconds": time.monotonic() - begun}
+    return {**total, "seconds": time.monotonic() - begun, "made": code_version()}
 
 
 def main() -> None:
@@ -66,12 +68,14 @@ def main() -> None:
         name, start, stop, folder = options.one
         print(json.dumps(asdict(fuzz(name, range(int(start), int(stop)), Path(folder) / "fuzz", bounded=True))))
         return
-    found = {}
+    path = RESULTS / "fuzz_importers.json"
+    found = json.loads(path.read_text())["formats"] if path.exists() else {}
     for name in options.formats:
         found[name] = run_format(name, options.tries)
         shown = {k: v for k, v in found[name].items() if k != "failures"}
         print(name, shown, found[name]["failures"][:5], flush=True)
-    store("fuzz_importers", {"longest_allowed_s": LONGEST, "address_space_allowed_bytes": ROOM, "formats": found})
+        kept = {layout: found[layout] for layout in CORPUS if layout in found}
+        store("fuzz_importers", {"longest_allowed_s": LONGEST, "address_space_allowed_bytes": ROOM, "formats": kept})
 
 
 if __name__ == "__main__":
