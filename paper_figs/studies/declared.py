@@ -161,12 +161,12 @@ class Study:
 
 
 CIFAR: dict[str, Any] = {
+    "local_batch_sizes": (8, 16, 32),
     "momentum": 0.9,
     "weight_decay": 5e-4,
-    "num_epochs": 4,
-    "converged_share": 0.85,
-    "num_logged": 10,
-    "evaluation_examples": 250,
+    "num_epochs": 5,
+    "num_logged": 8,
+    "evaluation_examples": 150,
 }
 """Momentum and decay of the recipes."""
 
@@ -175,16 +175,16 @@ STUDIES: dict[str, Study] = {
     for study in (
         Study("mnist-mlp", "mnist-mlp", (40, 80, 160), (0.2, 0.25, 0.3, 0.35, 0.4), num_epochs=30, converged_share=0.3,
               num_learners=6, seeds=(1, 2, 3, 4, 5, 6), evaluation_examples=1000),
-        Study("cifar10-resnet18", "cifar10-resnet18@width=1/8,size=16,examples=2000", (16, 32, 64), (0.1, 0.2, 0.4, 0.8),
+        Study("cifar10-senet18", "cifar10-senet18@width=1/8,size=16,examples=1000", learning_rates=(0.2, 0.4, 0.8), converged_share=0.85,
+              stands_for="cifar10-senet18", **CIFAR),
+        Study("cifar10-resnet18", "cifar10-resnet18@width=1/8,size=16,examples=1000", learning_rates=(0.05, 0.1, 0.2), converged_share=0.9,
               stands_for="cifar10-resnet18", **CIFAR),
-        Study("cifar10-mobilenet", "cifar10-mobilenet@width=1/8,size=16,examples=2000", (16, 32, 64), (0.1, 0.2, 0.4, 0.8),
-              stands_for="cifar10-mobilenet", **CIFAR),
-        Study("cifar10-vgg19", "cifar10-vgg19@width=1/16,examples=2000", (16, 32, 64), (0.1, 0.2, 0.4, 0.8),
+        Study("cifar10-vgg19", "cifar10-vgg19@width=1/8,examples=1000", learning_rates=(0.0125, 0.025, 0.05), converged_share=0.9,
               stands_for="cifar10-vgg19", **CIFAR),
-        Study("fsdd-blstm", "fsdd-blstm@width=1/16,examples=2000", (16, 32, 64), (0.1, 0.2, 0.4, 0.8), num_epochs=6, converged_share=0.9,
-              momentum=0.9, num_logged=10, evaluation_examples=250, stands_for="swb300-blstm"),
-        Study("imagenette-resnet50", "imagenette-resnet50@width=1/16,size=32,examples=1000", (16, 32, 64), (0.05, 0.1, 0.2, 0.4),
-              num_epochs=4, converged_share=0.9, momentum=0.9, weight_decay=1e-4, num_logged=10, evaluation_examples=250,
+        Study("fsdd-blstm", "fsdd-blstm@width=1/16,examples=1000", (8, 16, 32), (0.4, 0.8, 1.6), num_epochs=6, converged_share=0.9,
+              momentum=0.9, num_logged=8, evaluation_examples=150, stands_for="swb300-blstm"),
+        Study("imagenette-resnet50", "imagenette-resnet50@width=1/16,size=32,examples=1000", (8, 16, 32), (0.05, 0.1, 0.2),
+              num_epochs=5, converged_share=0.9, momentum=0.9, weight_decay=1e-4, num_logged=8, evaluation_examples=150,
               stands_for="imagenet-resnet50"),
     )
 }  # fmt: skip

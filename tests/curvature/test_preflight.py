@@ -154,3 +154,16 @@ def test_a_budget_that_is_too_small_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert hessian(case.objective(), case.weights, memory_budget=20_000).memory_budget == 20_000
+
+
+def test_a_gradient_that_jumps_is_not_taken_for_a_wrong_backward() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, x, y = Net(torch.relu), torch.randn(40, 4), torch.randint(3, (40,))
+    with torch.no_grad():
+        net.first.weight.zero_()
+        net.first.bias.zero_()  # all activations lie at the kink
+    found = preflight(Objective(net, nn.CrossEntropyLoss(), (x, y)), dict(net.named_parameters()))
+    assert found.ok, found.problems
+    assert any("the gradient jumps at these weights" in note for note in found.notes)
+    assert math.isfinite(found.seconds_per_product)
