@@ -175,7 +175,7 @@ STUDIES: dict[str, Study] = {
     for study in (
         Study("mnist-mlp", "mnist-mlp", (40, 80, 160), (0.2, 0.25, 0.3, 0.35, 0.4), num_epochs=30, converged_share=0.3,
               num_learners=6, seeds=(1, 2, 3, 4, 5, 6), evaluation_examples=1000),
-        Study("cifar10-senet18", "cifar10-senet18@width=1/8,size=16,examples=1000", learning_rates=(0.2, 0.4, 0.8), converged_share=0.85,
+        Study("cifar10-senet18", "cifar10-senet18@width=1/8,size=16,examples=1000", learning_rates=(0.1, 0.2, 0.4, 0.8), converged_share=0.85,
               stands_for="cifar10-senet18", **CIFAR),
         Study("cifar10-resnet18", "cifar10-resnet18@width=1/8,size=16,examples=1000", learning_rates=(0.05, 0.1, 0.2), converged_share=0.9,
               stands_for="cifar10-resnet18", **CIFAR),
