@@ -74,21 +74,34 @@ class LineSlice:
         Raises:
             ValueError: 0 and 1 are not both among the positions.
         """
-        if not {0.0, 1.0} <= set(self.positions.tolist()):
-            raise ValueError("a barrier is between t = 0 and t = 1: have both among the positions")
-        start, end = (int(np.flatnonzero(self.positions == t)[0]) for t in (0.0, 1.0))
+        excess, stderr = self.excess()
         inside = np.flatnonzero((self.positions >= 0) & (self.positions <= 1))
         broken = inside[~np.isfinite(self.loss[inside])]
         if len(broken):
             return Barrier(Estimate(math.inf, math.nan, self.num_examples), float(self.positions[broken[0]]))
-        t = self.positions[inside]
-        excess = self.loss[inside] - (1 - t) * self.loss[start] - t * self.loss[end]
-        top = int(inside[excess.argmax()])
-        contrast = np.zeros(len(self.positions))
-        contrast[top] += 1
-        contrast[start] -= 1 - self.positions[top]
-        contrast[end] -= self.positions[top]
-        return Barrier(self._contrast(contrast), float(self.positions[top]))
+        top = int(inside[excess[inside].argmax()])
+        return Barrier(Estimate(float(excess[top]), float(stderr[top]), self.num_examples), float(self.positions[top]))
+
+    def excess(self) -> tuple[np.ndarray, np.ndarray]:
+        """(P,) L(w(t)) - (1 - t) L(w(0)) - t L(w(1)), and its error over the examples that all three losses share; nan where a loss is not finite.
+
+        Raises:
+            ValueError: 0 and 1 are not both among the positions.
+        """
+        if not {0.0, 1.0} <= set(self.positions.tolist()):
+            raise ValueError("a barrier is between t = 0 and t = 1: have both among the positions")
+        start, end = (int(np.flatnonzero(self.positions == t)[0]) for t in (0.0, 1.0))
+        values, errors = np.full(len(self.positions), np.nan), np.full(len(self.positions), np.nan)
+        known = np.isfinite(self.loss)
+        if not (known[start] and known[end]):
+            return values, errors
+        for i in np.flatnonzero(known):
+            t = self.positions[i]
+            contrast = np.zeros(len(self.positions))
+            np.add.at(contrast, np.array([i, start, end]), np.array([1.0, t - 1.0, -t]))
+            found = self._contrast(contrast)
+            values[i], errors[i] = found.value, found.stderr
+        return values, errors
 
     def _contrast(self, weights: np.ndarray) -> Estimate:
         used = np.flatnonzero(weights)

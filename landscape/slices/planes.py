@@ -63,7 +63,7 @@ class Line:
     origin: Float[Tensor, " d"]
     direction: Float[Tensor, " d"]
     kind: str = "given"
-    name: str = "direction"
+    name: str = "the line"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ def random_line(objective: Objective, weights: Weights, *, seed: int = 0, vector
     """The line through some weights along a random filter-normalised direction; see `landscape.slices.directions.filter_normalised`."""
     origin = objective.flat(weights)
     direction = random_direction(origin, objective.model.layout, seed=seed, vectors=vectors)
-    return Line(origin, direction, _random_kind(vectors), "random direction", seed)
+    return Line(origin, direction, _random_kind(vectors), "a random direction", seed)
 
 
 def random_plane(objective: Objective, weights: Weights, *, seed: int = 0, vectors: Vectors = "zero") -> Plane:
@@ -171,7 +171,7 @@ def random_plane(objective: Objective, weights: Weights, *, seed: int = 0, vecto
 
 def line_between(first: Float[Tensor, " d"], second: Float[Tensor, " d"]) -> Line:
     """The line from one weight vector, at t = 0, to another, at t = 1: two learners, two checkpoints, two runs."""
-    return Line(first, second.to(first) - first, "between two weight vectors", "from the first to the second")
+    return Line(first, second.to(first) - first, "between two weight vectors", "the line from the first to the second")
 
 
 def plane_through(first: Float[Tensor, " d"], second: Float[Tensor, " d"], third: Float[Tensor, " d"]) -> Plane:

@@ -59,3 +59,21 @@ def network(*, norm: bool = False, num_examples: int = 50) -> tuple[nn.Sequentia
         middle = [nn.BatchNorm1d(6)] if norm else []
         net = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Linear(6, 3)).double()
         return net, torch.randn(num_examples, 4).double(), torch.randint(3, (num_examples,))
+
+
+def mirrored_minima() -> tuple[Objective, Tensor, Tensor]:
+    """A 4-6-3 network, its weights after 150 steps of gradient descent, and the same with the hidden units in another order."""
+    net, x, _ = network()
+    teacher = vectors(3, 4, seed=21)
+    objective = Objective(net, nn.CrossEntropyLoss(), (x, (x @ teacher.T).tanh().argmax(1)))
+    weights = objective.flat(dict(net.named_parameters()))
+    for _ in range(150):
+        weights = weights - objective.gradient(weights)
+    parts, order = objective.model.layout.split(weights), torch.arange(6).roll(1)
+    other = {
+        **parts,
+        "0.weight": parts["0.weight"][order],
+        "0.bias": parts["0.bias"][order],
+        "2.weight": parts["2.weight"][:, order],
+    }
+    return objective, weights, objective.model.layout.join(other)

@@ -18,7 +18,7 @@ from landscape.slices import (
     random_plane,
 )
 from landscape.slices.surfaces import PlaneSlice
-from tests.slices.quadratics import Quadratic, network, quadratic, vectors
+from tests.slices.quadratics import Quadratic, mirrored_minima, network, quadratic, vectors
 
 GRID = np.linspace(-1, 1.5, 6)
 
@@ -183,23 +183,18 @@ def test_smoothing_errors_are_over_antithetic_pairs() -> None:
 
 
 def test_barrier_between_two_minima_that_differ_by_a_permutation() -> None:
-    net, x, y = network()
-    objective = Objective(net, nn.CrossEntropyLoss(), (x, y))
-    weights = objective.flat(dict(net.named_parameters())) * 2
-    parts = objective.model.layout.split(weights)
-    order = [1, 2, 3, 4, 5, 0]
-    swapped = {"0.weight": parts["0.weight"][order], "0.bias": parts["0.bias"][order],
-               "2.weight": parts["2.weight"][:, order], "2.bias": parts["2.bias"]}  # fmt: skip
-    other = objective.model.layout.join(swapped)
+    objective, weights, other = mirrored_minima()
     t = np.linspace(0, 1, 21)
     found = line_slice(objective, line_between(weights, other), t, population=math.inf)
     assert found.loss[0] == pytest.approx(found.loss[-1], rel=1e-12)
     barrier = found.barrier()
+    assert barrier.height.value > 0.1
     assert barrier.height.value == pytest.approx(found.loss.max() - found.loss[0])
     top = int(found.loss.argmax())
+    ((inputs, targets),) = [(x, y) for _, x, y in objective.batches()]
     assert barrier.position == t[top]
     with torch.no_grad():
-        each = [nn.functional.cross_entropy(objective.model.output(w, {}, x), y, reduction="none").numpy()
+        each = [nn.functional.cross_entropy(objective.model.output(w, {}, inputs), targets, reduction="none").numpy()
                 for w in (weights + t[top] * (other - weights), weights, other)]  # fmt: skip
     excess = each[0] - (1 - t[top]) * each[1] - t[top] * each[2]
     assert barrier.height.value == pytest.approx(excess.mean())
