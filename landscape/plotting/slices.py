@@ -31,6 +31,7 @@ from landscape.plotting.style import (
     style,
 )
 from landscape.slices import GradientField, LineSlice, PlaneSlice, Projection, QuadraticModel
+from landscape.statistics import Z95
 
 COLOURS = "YlGnBu_r"
 MODEL, LEARNERS, PATH = "#D55E00", "#E69F00", "#000000"
@@ -203,7 +204,7 @@ def connectivity(found: LineSlice, ax: Axes | None = None, *, label: str | None 
     height, t = barrier.height, barrier.position
     if math.isfinite(height.value):
         base = (1 - t) * start + t * end
-        error = "" if height.stderr == 0 else f" ± {float(half_width(np.array(height.stderr))):.2g}"
+        error = "" if height.stderr == 0 else f" ± {Z95 * height.stderr:.2g}"
         text = f"barrier {height.value:.3g}{error} nats" if height.value > 0 else "no barrier"
         ax.plot([t, t], [base, base + height.value], color=MODEL, linewidth=2, label=text, gid="barrier")
     else:

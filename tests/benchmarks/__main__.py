@@ -10,6 +10,7 @@ from tests.benchmarks import (
     bench_noise,
     bench_reading,
     bench_recorder,
+    bench_slices,
     bench_stacked_step,
     bench_tasks,
 )
@@ -23,5 +24,6 @@ if __name__ == "__main__":
     bench_distributed_measure.main([])
     bench_reading.main([])
     bench_recorder.main()
+    bench_slices.main([])
     if os.environ.get("LANDSCAPE_DATA_ROOT"):
         bench_tasks.main([])
