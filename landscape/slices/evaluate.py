@@ -27,6 +27,8 @@ AT_ONCE = 8
 class SmoothingKernel:
     """Deviations over which the loss is averaged: L~(w) = mean over s of L(w + delta_s).
 
+    `landscape.theory.smoothing.kernel_deviations` makes those of theory.md sec. 5: antithetic for "isotropic" and "covariance", not for "learners".
+
     Attributes:
         name: "learners", "isotropic", "covariance" (theory.md sec. 5), or one's own.
         deviations: (S, d), the same at all points, so that differences between points are better known than the points are.
@@ -110,6 +112,7 @@ def example_losses(
         recalibrate: whether to measure BatchNorm's statistics anew at each point (of a smoothed loss, at each deviation from it).
 
     Cost: P S forward passes over the data, each example met once; with `recalibrate` twice that, and 1 + P S times.
+    Memory: S d numbers for the deviations, and some weight vectors within the objective's budget.
     """
     origin, axes = (t.to(objective.device, objective.dtype) for t in (origin, axes))
     deviations = None if kernel is None else kernel.deviations.to(objective.device, objective.dtype)

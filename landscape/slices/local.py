@@ -15,6 +15,7 @@ from landscape.functional import chunks
 from landscape.objective import Objective
 from landscape.slices.evaluate import BatchNormSlices, SmoothingKernel, settle_batch_norm
 from landscape.slices.lines import rising
+from landscape.slices.moments import over_pairs
 from landscape.slices.planes import Line, Plane
 
 Product = Callable[[Tensor], Tensor]
@@ -111,7 +112,9 @@ class GradientField:
         second: (q,) along the second.
         slope: (p, q, 2) g . axis along the axes as given: the slopes of the surface in its coordinates; nats per axis.
         lengths_slope: (p, q, 2) g along the orthonormal axes; nats per weight.
-        norm: (p, q) |g|, all of it; |lengths_slope|/norm is the share that the plane shows.
+        slope_stderr: (p, q, 2) standard error of slope over pairs of deviations; 0 without a kernel or for an exact one.
+        norm: (p, q) |g|, all of it; |lengths_slope|/norm is the share that the plane shows. Of a kernel that is sampled it is too large by the
+            sample's noise.
         kernel: that the loss is smoothed by; "none".
     """
 
@@ -120,6 +123,7 @@ class GradientField:
     second: np.ndarray
     slope: np.ndarray
     lengths_slope: np.ndarray
+    slope_stderr: np.ndarray
     norm: np.ndarray
     kernel: str
 
@@ -130,6 +134,7 @@ class GradientField:
             {
                 "slope": (dims, self.slope, {"long_name": "g . axis", "units": "nats/axis"}),
                 "lengths_slope": (dims, self.lengths_slope, {"long_name": "g along the orthonormal axes", "units": "nats/weights"}),
+                "slope_stderr": (dims, self.slope_stderr, {"long_name": "standard error of slope over pairs of deviations", "units": "nats/axis"}),
                 "norm": (dims[:2], self.norm, {"long_name": "|g|", "units": "nats/weights"}),
             },
             coords={"first": self.first, "second": self.second},
@@ -166,16 +171,20 @@ def gradient_field(
     coordinates = np.stack(np.meshgrid(first, second, indexing="ij"), axis=-1)
     flat = torch.from_numpy(coordinates.reshape(-1, 2)).to(axes)
     size = max(1, min(8, settled.memory_budget // (4 * len(origin) * axes.dtype.itemsize)))
-    slopes, norms = np.zeros((len(flat), 2)), np.zeros(len(flat))
+    slopes, errors, norms = np.zeros((len(flat), 2)), np.zeros((len(flat), 2)), np.zeros(len(flat))
     for i, step in enumerate(flat):
         total = torch.zeros_like(origin, dtype=torch.float64)
+        each = np.zeros((len(deviations), 2))
         for part in chunks(len(deviations), size):
-            total += settled.stacked_gradients(origin + step @ axes + deviations[part]).sum(0, dtype=torch.float64)
-        mean = (total / len(deviations))[None]
-        slopes[i], norms[i] = _inner(mean, axes)[0], float(mean.norm())
+            gradients = settled.stacked_gradients(origin + step @ axes + deviations[part])
+            total += gradients.sum(0, dtype=torch.float64)
+            each[part] = _inner(gradients, axes)
+        slopes[i], norms[i] = each.mean(0), float(total.norm()) / len(deviations)
+        errors[i] = 0.0 if kernel is None else over_pairs(each.T, kernel)[0]
     slope = slopes.reshape(*coordinates.shape)
     lengths = slope @ np.linalg.inv(plane.triangle).T
-    return GradientField(plane, first, second, slope, lengths, norms.reshape(coordinates.shape[:2]), "none" if kernel is None else kernel.name)  # fmt: skip
+    return GradientField(plane, first, second, slope, lengths, errors.reshape(slope.shape), norms.reshape(coordinates.shape[:2]),
+                         "none" if kernel is None else kernel.name)  # fmt: skip
 
 
 def _differentiable(objective: Objective, origin: Tensor, policy: BatchNormSlices | None) -> Objective:

@@ -136,7 +136,7 @@ def point_losses(
         if together is not None:
             cross = np.outer(ratio, sm)
             matrix = scale**2 * (together.cpu().numpy() - cross - cross.T + norm2 * np.outer(ratio, ratio))[1:, 1:] / divisor**2  # fmt: skip
-        smoothing, smoothing_change = _over_pairs(by_sample / divisor, kernel)
+        smoothing, smoothing_change = over_pairs(by_sample / divisor, kernel)
     return PointLosses(
         loss[1:], _known(stderr, loss)[1:], change[1:], _known(change_stderr, change)[1:], _known(smoothing, loss)[1:],
         _known(smoothing_change, change)[1:], float(loss[0]), matrix,
@@ -162,8 +162,8 @@ def _known(error: np.ndarray, value: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(value), error, np.nan)
 
 
-def _over_pairs(by_sample: np.ndarray, kernel: SmoothingKernel | None) -> tuple[np.ndarray, np.ndarray]:
-    """Errors (P,) of the mean over deviations and of its difference from the first point, over antithetic pairs."""
+def over_pairs(by_sample: np.ndarray, kernel: SmoothingKernel | None) -> tuple[np.ndarray, np.ndarray]:
+    """Errors (P,) of the mean over deviations, of (P, S) values, and of its difference from the first point, over antithetic pairs."""
     if kernel is None or not kernel.antithetic:
         return np.zeros(len(by_sample)), np.zeros(len(by_sample))
     pairs = by_sample.reshape(len(by_sample), 2, -1).mean(1)

@@ -88,6 +88,11 @@ def test_principal_axes_of_a_constructed_trajectory() -> None:
     assert sum(plane.shares) == pytest.approx(1 - (projection.left_out**2).sum() / (projection.distance**2).sum(), abs=1e-12)  # fmt: skip
 
 
+def test_a_random_walk_has_the_shares_that_brownian_motion_says() -> None:
+    walk = torch.randn(300, 4000, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    np.testing.assert_allclose(trajectory_plane(walk).shares, 8 / np.pi**2 / np.array([1, 9]), rtol=0.05)
+
+
 def test_principal_axes_need_points_that_differ_in_so_many_directions() -> None:
     line = torch.outer(torch.arange(5.0), torch.ones(4))
     assert principal_axes(line, line[0], 1).axes[0].tolist() == [0.5] * 4

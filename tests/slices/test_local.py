@@ -66,6 +66,24 @@ def test_gradient_field_of_a_quadratic(smoothed: bool) -> None:
     assert dataset.attrs["kernel"] == ("own" if smoothed else "none")
 
 
+def test_slopes_of_a_sampled_kernel_have_their_error_over_pairs() -> None:
+    """Antithetic deviations cancel in the gradient of a quadratic; of a network they do not, and the pairs' spread is the error."""
+    half = 0.5 * vectors(6, 6, seed=3)
+    kernel = SmoothingKernel("isotropic", torch.cat([half, -half]), antithetic=True)
+    exact = gradient_field(quadratic().objective(), Plane(*vectors(3, 6)), GRID[:2], GRID[:2], kernel=kernel)
+    np.testing.assert_allclose(exact.slope_stderr, 0, atol=1e-14)
+    net, x, y = network()
+    objective = Objective(net, nn.CrossEntropyLoss(), (x, y))
+    half = 0.5 * vectors(6, objective.num_parameters, seed=3)
+    kernel = SmoothingKernel("isotropic", torch.cat([half, -half]), antithetic=True)
+    plane = random_plane(objective, dict(net.named_parameters()))
+    found = gradient_field(objective, plane, GRID[:2], GRID[:2], kernel=kernel)
+    at = plane.origin + GRID[1] * plane.first + GRID[0] * plane.second
+    pairs = torch.stack([(objective.gradient(at + d) + objective.gradient(at - d)) / 2 for d in half]) @ plane.axes.T
+    np.testing.assert_allclose(found.slope[1, 0], pairs.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(found.slope_stderr[1, 0], pairs.std(0) / 6**0.5, rtol=1e-10)
+
+
 def test_slopes_are_the_differences_of_the_surface() -> None:
     net, x, y = network(norm=True)
     objective = Objective(net, nn.CrossEntropyLoss(), (x, y))

@@ -1,6 +1,7 @@
 """Losses along lines and over planes against closed forms, and errors over examples against their scatter."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from landscape.objective import Objective
+from landscape.results import load_groups, save_groups
 from landscape.slices import (
     Line,
     Plane,
@@ -317,7 +319,7 @@ def test_batch_norm_must_be_decided_and_fit_the_objective() -> None:
         plane_slice(ghosts, plane, GRID, GRID, batch_norm="ghost", population=math.inf)
 
 
-def test_labelled_forms_say_where_they_come_from() -> None:
+def test_labelled_forms_say_where_they_come_from_and_can_be_stored(tmp_path: Path) -> None:
     net, x, y = network()
     objective = Objective(net, nn.CrossEntropyLoss(), (x, y))
     plane = random_plane(objective, dict(net.named_parameters()), seed=7)
@@ -337,6 +339,10 @@ def test_labelled_forms_say_where_they_come_from() -> None:
     line = line_slice(objective, Line(plane.origin, plane.first, seed=7), GRID).to_xarray()
     assert line["covariance"].dims == ("position", "other_position")
     assert (line.attrs["seed"], line.attrs["population"]) == (7, "all")
+    save_groups({"plane": dataset, "line": line}, tmp_path / "slices.nc")
+    stored = load_groups(tmp_path / "slices.nc")
+    np.testing.assert_array_equal(stored["plane"]["loss"], dataset["loss"])
+    assert stored["line"].attrs["seed"] == 7
     before = {n: p.clone() for n, p in net.state_dict().items()}
     assert net.training
     assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
