@@ -245,3 +245,14 @@ def test_edge_and_rescue(command: str, tmp_path: Path, capsys: pytest.CaptureFix
             == 0
         )
         assert "noise matched in every layer on the weights rescued 0 of 1" in capsys.readouterr().out
+
+
+def test_a_recipe_is_printed_as_flags_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["recipe", "imagenet-resnet50", "--num-learners", "8", "--local-batch-size", "64", "--num-examples"]
+    assert run([*command, "1281167"]) == 0
+    flags = capsys.readouterr().out.split()
+    assert flags[flags.index("--learning-rate") + 1] == "0.2"
+    assert flags[flags.index("--num-steps") + 1] == str(90 * 2503)
+    assert flags[flags.index("--schedule") + 1].startswith("warmup:12515:0.5+step:75090,150180,200240:")
+    assert run([*command, "0"]) == 2
+    assert "at least one example" in capsys.readouterr().err

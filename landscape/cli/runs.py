@@ -228,7 +228,7 @@ class RecipeFlags:
         task = get_task(self.task)
         if task.recipe is None:
             raise ValueError(f"task {task.name} has no recipe; choose --learning-rate and --num-steps yourself")
-        count = self.num_examples or len(task.load_data(self.data_root)[0])
+        count = len(task.load_data(self.data_root)[0]) if self.num_examples is None else self.num_examples
         chosen = task.recipe.settings(count, self.num_learners, self.local_batch_size, self.num_epochs)
         flags = {"task": task.name, "num_learners": self.num_learners, "local_batch_size": self.local_batch_size, **chosen}  # fmt: skip
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()))

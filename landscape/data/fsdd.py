@@ -46,10 +46,6 @@ def fsdd(root: str | Path | None = None) -> tuple[FrameData, FrameData]:
     files = _files(folder)
     train = [(path, digit) for path, digit, index in files if index >= NUM_TEST]
     test = [(path, digit) for path, digit, index in files if index < NUM_TEST]
-    for name, part in (("training", train), ("test", test)):
-        missing = sorted(set(range(10)) - {digit for _, digit in part})
-        if missing:
-            raise ValueError(f"{folder}: no {name} recording of the digit(s) {', '.join(map(str, missing))}; get all from {SOURCE}")  # fmt: skip
     read = [_read(part) for part in (train, test)]
     over_training = moments(read[0][0].frames)
     made = [
@@ -70,7 +66,21 @@ def _files(folder: Path) -> list[tuple[Path, int, int]]:
         if match is None:
             raise ValueError(f"{path}: not named as {{digit}}_{{speaker}}_{{index}}.wav; is it of {SOURCE}?")
         found.append((int(match[1]), match[2], int(match[3]), path))
+    _check_complete(folder, {(digit, speaker, index) for digit, speaker, index, _ in found})
     return [(path, digit, index) for digit, _, index, path in sorted(found)]
+
+
+def _check_complete(folder: Path, found: set[tuple[int, str, int]]) -> None:
+    """Raise unless each speaker spoke each digit equally often, at least once for each part, from index 0 on."""
+    last = max(NUM_TEST, *(index for *_, index in found))
+    speakers = sorted({speaker for _, speaker, _ in found})
+    names = [f"{digit}_{speaker}_{index}.wav" for digit in range(10) for speaker in speakers for index in range(last + 1)
+             if (digit, speaker, index) not in found]  # fmt: skip
+    if names:
+        raise ValueError(
+            f"{folder}: {len(names):,} of {10 * len(speakers) * (last + 1):,} recordings are missing, 0 to {last} of each digit by "
+            f"{', '.join(speakers)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; get all from {SOURCE}"
+        )
 
 
 def _read(files: Sequence[tuple[Path, int]]) -> tuple[MemoryFrames, Tensor]:

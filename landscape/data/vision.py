@@ -65,6 +65,8 @@ def mnist(root: str | Path | None = None, *, download: bool = False) -> tuple[Te
         TensorData(p.data.unsqueeze(1).to(torch.float32) / 255.0, p.targets.to(torch.int64), f"MNIST, {name}")
         for p, name in zip(parts, ("train", "test"), strict=True)
     ]
+    for part in (train, test):
+        check_labels(f"{part.name} under {folder}", part.targets, 10)
     return train, test
 
 

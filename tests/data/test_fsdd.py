@@ -82,11 +82,22 @@ def test_missing_recordings_are_named_with_their_source(tmp_path: Path, root: Pa
         fsdd(tmp_path / "nowhere")
     for index in range(5):
         (root / f"fsdd/recordings/7_ada_{index}.wav").unlink()
-    with pytest.raises(ValueError, match=r"no test recording of the digit\(s\) 7; get all from github.com"):
-        fsdd(root)
     (root / "fsdd/recordings/4_ada_5.wav").unlink()
-    (root / "fsdd/recordings/5_ada_5.wav").unlink()
-    with pytest.raises(ValueError, match=r"no training recording of the digit\(s\) 4, 5"):
+    said = r"6 of 60 recordings are missing, 0 to 5 of each digit by ada: 4_ada_5.wav, 7_ada_0.wav, .*7_ada_3.wav, ...; get all from github.com"
+    with pytest.raises(ValueError, match=said):
+        fsdd(root)
+
+
+def test_a_part_of_the_data_set_is_not_taken_for_the_whole(root: Path) -> None:
+    write_recording(root / "fsdd/recordings/3_bob_6.wav", 3000)
+    with pytest.raises(ValueError, match=r"79 of 140 recordings are missing, 0 to 6 of each digit by ada, bob: 0_ada_6.wav, 0_bob_0.wav"):  # fmt: skip
+        fsdd(root)
+
+
+def test_recordings_of_the_test_set_alone_are_not_enough(root: Path) -> None:
+    for path in (root / "fsdd/recordings").glob("*_5.wav"):
+        path.unlink()
+    with pytest.raises(ValueError, match="10 of 60 recordings are missing"):
         fsdd(root)
 
 

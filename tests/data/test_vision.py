@@ -72,6 +72,24 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
         mnist(tmp_path)
 
 
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([*range(9), 200], "labels must be 0 to 9; 1 are not, the first 200 at example 9"),
+        ([*range(9), 8], "no example of 1 of 10 classes"),
+    ],
+)
+def test_labels_out_of_range_and_classes_without_an_example_are_refused(tmp_path: Path, labels: list[int], said: str) -> None:  # fmt: skip
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(np.array([0x803, 10, 28, 28], ">i4").tobytes() + bytes(7840))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, 10], ">i4").tobytes() + bytes(labels))
+    with pytest.raises(ValueError, match=f"MNIST, train under .*{said}"):
+        mnist(tmp_path)
+
+
 @pytest.mark.data
 @needs_torchvision
 def test_the_full_mnist_is_read() -> None:
