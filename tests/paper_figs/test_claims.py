@@ -1,0 +1,286 @@
+"""Captions say what the numbers do to a claim; the manifest holds the numbers of the data that are kept with the code."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from landscape.plotting.style import style
+from landscape.results import load_groups, save_groups
+from landscape.statistics import Estimate
+from paper_figs import __main__ as driver
+from paper_figs import claims, digits, fig_rescue, fig_scorecard, fig_self_adjusting, manifest, panels
+from paper_figs.claims import Headline, caption, count, finding, headline
+from paper_figs.recorded import Recorded, read_recorded, write_recorded
+from paper_figs.scales import SCALES
+from paper_figs.studies.stored import DATA
+
+NAMES = sorted(driver.CLAIMS)
+
+
+@pytest.fixture(scope="module")
+def kept() -> Recorded:
+    return digits.read(DATA)
+
+
+def test_doctests() -> None:
+    for module in (claims, panels):
+        assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_manifest_holds_the_kept_data(name: str) -> None:
+    """Inputs by their hashes, the claim and what became of it, and every number: the data are fixed, so nearly to the last digit."""
+    script, stored = driver.CLAIMS[name], manifest.read_manifest()[name]
+    numbers = script.headlines(script.read(DATA))
+    found = manifest.entry(script.CLAIM, script.INPUTS, DATA, numbers)
+    assert manifest.differences(found, stored) == []
+    assert found["claim"] == stored["claim"]
+    assert found["headlines"].keys() == stored["headlines"].keys()
+    for key, number in found["headlines"].items():
+        before = stored["headlines"][key]
+        assert number["value"] == pytest.approx(before["value"], rel=1e-6, abs=1e-12), key
+        assert (number["text"], number["bearing"]) == (before["text"], before["bearing"])
+        assert 0 <= number["tolerance"] == pytest.approx(before["tolerance"], rel=1e-6)
+
+
+def test_the_manifest_is_of_these_figures_alone() -> None:
+    assert sorted(manifest.read_manifest()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_of_the_kept_data_stay_on_the_page(name: str) -> None:
+    """Every panel has data, legends and captions are inside the page, and the caption tells the claim and the finding."""
+    script = driver.CLAIMS[name]
+    data = script.read(DATA)
+    figure = script.draw(data)
+    with style():
+        figure.draw_without_rendering()
+    page = figure.bbox
+    for panel in figure.axes:
+        assert panel.has_data() or panel.texts
+        box = panel.get_tightbbox()
+        assert box is not None
+        assert box.x0 >= page.x0 - 1
+        assert box.x1 <= page.x1 + 1
+        assert box.y1 <= page.y1 + 1
+        assert panel.get_position().height > 0.08
+    label = figure._supxlabel  # type: ignore[attr-defined]
+    assert label.get_window_extent().x1 <= page.x1
+    said = " ".join(label.get_text().split())
+    assert panels.symbols(" ".join(script.CLAIM.split()))[:60] in said
+    assert f"By these numbers: {finding(script.headlines(data))}" in said
+
+
+def test_a_number_against_the_claim_is_said() -> None:
+    pro = headline(Estimate(0.5, 0.01), "the ratio", "supports")
+    contra = count(3, 4, "checkpoints", "contradicts")
+    lines = caption("It is so.", {"a": pro, "b": contra}, "small")
+    assert lines[0] == "Claim: It is so."
+    assert (
+        lines[1]
+        == "By these numbers: supported in part, contradicted in part. the ratio: 0.5 ± 0.01 [+]; checkpoints, of 4: 3 [−]."
+    )
+    assert finding({"b": contra}) == "contradicted"
+    assert finding({"a": replace(pro, bearing="undecided")}) == "undecided"
+    assert finding({"a": pro, "b": replace(pro, bearing="undecided")}) == "supported in part, the rest undecided"
+
+
+def test_bearings_follow_the_numbers(kept: Recorded) -> None:
+    """A self-adjusting rate that is made to stay at 1, or to stay low, contradicts the claim where it said so."""
+
+    def with_ratio(label: str, values: float | int) -> Recorded:
+        view = kept.views[label]
+        group = view.groups["effective-learning-rate"]
+        changed = group.assign(
+            alpha_e_ratio_mean=xr_full(group["alpha_e_ratio_mean"], values), alpha_e_ratio_stderr=xr_full(group["alpha_e_ratio_stderr"], 0.001)
+        )  # fmt: skip
+        return replace(
+            kept, views={**kept.views, label: replace(view, groups={**view.groups, "effective-learning-rate": changed})}
+        )
+
+    def xr_full(like: Any, value: float | int) -> Any:
+        return like.copy(data=np.full(like.shape, float(value)))
+
+    still = fig_self_adjusting.headlines(with_ratio("dpsgd", 1.1))
+    assert (still["dpsgd_first"].bearing, still["dpsgd_last"].bearing) == ("contradicts", "supports")
+    low = fig_self_adjusting.headlines(with_ratio("dpsgd", 0.2))
+    assert (low["dpsgd_first"].bearing, low["dpsgd_last"].bearing) == ("supports", "contradicts")
+    assert fig_self_adjusting.headlines(with_ratio("ssgd", 0.5))["ssgd"].bearing == "contradicts"
+
+
+def test_differences_are_named() -> None:
+    number = {"text": "", "value": 1.0, "stderr": None, "tolerance": 0.5, "bearing": "told"}
+    kept = {"claim": "", "finding": "supported", "inputs": {"a.nc": "1"}, "headlines": {"x": number, "y": number}}
+    near = {**kept, "headlines": {"x": {**number, "value": 1.4}, "y": number}}
+    assert manifest.differences(near, kept) == []
+    far = {
+        "claim": "",
+        "finding": "contradicted",
+        "inputs": {"a.nc": "2"},
+        "headlines": {"x": {**number, "value": math.nan}, "z": number},
+    }
+    said = "; ".join(manifest.differences(far, kept))
+    assert said == (
+        "a.nc is not the file of the manifest; x is nan, in the manifest 1 ± 0.5; z is not in the manifest; y is missing; "
+        "the claim is contradicted, in the manifest supported"
+    )
+
+
+def test_the_manifest_is_written_beside_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    manifest.write_manifest({"a": {"x": 1}}, path)
+    manifest.write_manifest({"b": {"x": 2}}, path)
+    assert manifest.read_manifest(path) == {"a": {"x": 1}, "b": {"x": 2}}
+    path.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        manifest.read_manifest(path)
+
+
+def test_recorded_runs_come_back_as_they_were(kept: Recorded, tmp_path: Path) -> None:
+    path = tmp_path / "again.nc"
+    write_recorded(kept.views, kept.stability_map, kept.separation, path, scale="s", made_by="m")
+    again = read_recorded(path)
+    assert again.separation == kept.separation
+    assert again.views.keys() == kept.views.keys() == {"ssgd", "ssgd-star", "dpsgd", "dpsgd-atc"}
+    for label, view in kept.views.items():
+        assert again.views[label].run.config == view.run.config
+        np.testing.assert_array_equal(again.views[label].series("train_loss"), view.series("train_loss"))
+        assert again.views[label].groups.keys() == view.groups.keys()
+        for name, group in view.groups.items():
+            assert again.views[label].groups[name].identical(group)
+    with pytest.raises(ValueError, match=r"lack nobody; there are ssgd"):
+        kept.some("nobody")
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no .*digits\.nc; make it with"):
+        digits.read(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no .*rescue\.nc; make it with"):
+        fig_rescue.read(tmp_path)
+    groups = load_groups(DATA / digits.INPUT)
+    for name, reader in ((digits.INPUT, digits.read), (fig_rescue.INPUTS[0], fig_rescue.read)):
+        save_groups({"/": groups["map"]}, tmp_path / name)
+        with pytest.raises(ValueError, match="holds no"):
+            reader(tmp_path)
+
+
+def test_kept_data_are_small_name_no_folder_and_hold_no_weights() -> None:
+    files = sorted((DATA / "recorded").glob("*.nc"))
+    assert [f.name for f in files] == ["digits.nc", "rescue.nc"]
+    assert sum(f.stat().st_size for f in files) < 1_000_000
+    for file in files:
+        for group in load_groups(file).values():
+            assert all("/tmp" not in str(v) and "/home" not in str(v) for v in group.attrs.values())
+            assert all(array.size < 20_000 for array in group.data_vars.values())
+    told = load_groups(DATA / digits.INPUT)["/"].attrs
+    assert told["made_by"] == "python -m paper_figs --recompute --scale laptop"
+    assert told["scale"] == SCALES["laptop"].words
+
+
+def test_scorecard_cells_are_the_verdicts(kept: Recorded) -> None:
+    card = fig_scorecard.table(kept)
+    letters = [t.get_text() for t in fig_scorecard.draw(kept).axes[0].texts if t.get_gid() == "verdict"]
+    known = card[card["verdict"].isin(fig_scorecard.LOOKS)]
+    assert sorted(letters) == sorted(fig_scorecard.LOOKS[v][1] for v in known["verdict"])
+    assert set(card["comparison"]) <= set(fig_scorecard.WORDS)
+
+
+def test_rescue_bearings() -> None:
+    """Covariance-matched noise must beat SSGD; isotropic noise of the same strength must not."""
+    import xarray as xr
+
+    def part(ssgd_low: float, dpsgd_high: float) -> xr.Dataset:
+        return xr.Dataset({"difference_ssgd_low": ((), ssgd_low), "difference_dpsgd_high": ((), dpsgd_high)})
+
+    rescued, failed, open_ = part(0.2, 0.5), part(-0.5, -0.2), part(-0.1, 0.1)
+    matched, isotropic = "ssgd-star-weights-low-rank", "ssgd-star-gradient-isotropic"
+    assert [fig_rescue._bearing(matched, p) for p in (rescued, failed, open_)] == [
+        "supports",
+        "contradicts",
+        "undecided",
+    ]
+    assert [fig_rescue._bearing(isotropic, p) for p in (rescued, failed, open_)] == [
+        "contradicts",
+        "supports",
+        "undecided",
+    ]
+    assert fig_rescue._bearing("ssgd-star-gradient-drift-alone", rescued) == "told"
+
+
+def test_every_scale_names_variants_and_presets() -> None:
+    for scale in SCALES.values():
+        names = [v.name for v in fig_rescue.variants(scale)]
+        assert names[:2] == ["ssgd", "dpsgd"]
+        assert len(set(names)) == len(names)
+        assert min(scale.rescue_seeds) > 5  # seeds 0 to 5 chose rates
+
+
+def _stub(numbers: dict[str, Headline], calls: list[str]) -> ModuleType:
+    """A script whose data are a text file."""
+    script = ModuleType("paper_figs.fig_stub")
+
+    def compute(work: Path, scale: Any, folder: Path) -> Path:
+        calls.append(scale.name)
+        (folder / "stub.txt").write_text("made")
+        return folder / "stub.txt"
+
+    def read(folder: Path) -> str:
+        if not (folder / "stub.txt").exists():
+            raise ValueError("there is no stub")
+        return (folder / "stub.txt").read_text()
+
+    from matplotlib.figure import Figure
+
+    made: dict[str, Any] = {
+        "CLAIM": "It is so.", "INPUTS": ("stub.txt",), "compute": compute, "read": read, "headlines": lambda data: numbers,
+        "draw": lambda data: Figure(figsize=(1, 1)),
+    }  # fmt: skip
+    script.__dict__.update(made)
+    return script
+
+
+def test_the_driver_recomputes_draws_and_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+    numbers = {"x": headline(Estimate(1.0), "x", "supports", tolerance=0.5)}
+    script = _stub(numbers, calls)
+    monkeypatch.setattr(driver, "CLAIMS", {"fig_stub": script, "fig_twin": script})
+    path = tmp_path / "manifest.json"
+    monkeypatch.setattr(driver, "read_manifest", lambda: manifest.read_manifest(path))
+    monkeypatch.setattr(driver, "write_manifest", lambda entries: manifest.write_manifest(entries, path))
+    where = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+
+    assert driver.main(["--only", "fig_stub", *where]) == 2
+    assert "not drawn: fig_stub: there is no stub" in capsys.readouterr().err
+    assert (
+        driver.main(["--only", "fig_stub", "fig_twin", "--recompute", "--scale", "gpu", "--write-manifest", *where])
+        == 0
+    )
+    assert calls == ["gpu"]  # figures that share their data make them once
+    assert len(list((tmp_path / "out").iterdir())) == 6
+    assert json.loads(path.read_text())["fig_stub"]["headlines"]["x"]["value"] == 1.0
+    numbers["x"] = replace(numbers["x"], value=2.0)
+    capsys.readouterr()
+    assert driver.main(["--only", "fig_stub", "--recompute", *where]) == 1
+    assert "fig_stub: x is 2, in the manifest 1 ± 0.5" in capsys.readouterr().err
+    assert calls == ["gpu", "laptop"]
+    with pytest.raises(SystemExit):
+        driver.main(["--only", "fig_nothing", *where])
+
+
+@pytest.mark.slow
+def test_the_driver_draws_every_claim_in_three_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert driver.main(["--only", *NAMES, "--out", str(tmp_path)]) == 0
+    written = {p.name for p in tmp_path.iterdir()}
+    assert written == {f"{name}.{kind}" for name in NAMES for kind in ("pdf", "svg", "png")}
+    assert capsys.readouterr().err == ""
