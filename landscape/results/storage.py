@@ -43,13 +43,20 @@ def save_groups(groups: Mapping[str, xr.Dataset], path: Path) -> None:
 
 
 def load_groups(path: str | Path) -> dict[str, xr.Dataset]:
-    """All groups of a file, read into memory: {name: data set}, "/" the root; {} where there is no file."""
+    """All groups of a file, read into memory: {name: data set}, "/" the root; {} where there is no file.
+
+    How a file stored its variables is forgotten: data sets joined from several files would be written as the first file's were, and texts cut
+    to the length of its longest.
+    """
     path = Path(path)
     if not path.exists():
         return {}
     try:
         with xr.open_datatree(path, engine="h5netcdf") as tree:
-            return {node.path.strip("/") or "/": node.to_dataset(inherit=False).load() for node in tree.subtree}
+            return {
+                node.path.strip("/") or "/": node.to_dataset(inherit=False).load().drop_encoding()
+                for node in tree.subtree
+            }
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
