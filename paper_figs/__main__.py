@@ -18,7 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from landscape.plotting.style import save
+from matplotlib.figure import Figure
+
+from landscape.plotting.style import save, style
 from landscape.plotting.view import load_view
 from paper_figs import (
     fig_convergence,
@@ -133,7 +135,7 @@ def _draw(names: Sequence[str], folder: Path, out: Path) -> tuple[list[Path], di
         read[reader] = data
         if name in CLAIMS:
             script = CLAIMS[name]
-            files += save(script.draw(data), out / name)
+            files += save(_laid_out(script.draw(data)), out / name)
             entries[name] = entry(script.CLAIM, script.INPUTS, folder, script.headlines(data))
         else:
             files += STUDIES[name].write(data, out)
@@ -141,6 +143,14 @@ def _draw(names: Sequence[str], folder: Path, out: Path) -> tuple[list[Path], di
             inputs = tuple(f"{study.name}.nc" for study in data)
             entries[name] = entry(about.claim, inputs, folder, about.headlines(data))
     return files, entries, skipped
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """The figure with its layout settled, which every format would settle anew."""
+    with style():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def _changed(entries: dict[str, Any]) -> list[str]:

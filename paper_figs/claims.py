@@ -52,8 +52,20 @@ class Headline:
     bearing: Bearing = "told"
 
     def __str__(self) -> str:
-        error = f" ± {self.stderr:.2g}" if math.isfinite(self.stderr) and self.stderr > 0 else ""
-        return f"{self.text}: {self.value:.3g}{error} {MARKS[self.bearing]}"
+        error = f" ± {plain(self.stderr, 2)}" if math.isfinite(self.stderr) and self.stderr > 0 else ""
+        return f"{self.text}: {plain(self.value, 3)}{error} {MARKS[self.bearing]}"
+
+
+def plain(value: float | int, digits: int) -> str:
+    """A number to so many digits, without an exponent where it has five places or fewer before the point.
+
+    >>> plain(1363.4, 3), plain(129.7, 2), plain(-0.7251, 3), plain(0.0000123, 2)
+    ('1,360', '130', '−0.725', '1.2e−05')
+    """
+    text = f"{value:.{digits}g}"
+    if 10**digits <= abs(value) < 1e6:
+        text = f"{float(text):,.0f}"
+    return text.replace("-", "−")
 
 
 class Script(Protocol):

@@ -37,8 +37,8 @@ def compute(work: Path, scale: Scale, folder: Path) -> Path:
         steps = load_view(run).run.steps
         further = [step for step in scale.spectrum_steps if step in steps]
         measure(run, ("curvature",), further, settings=settings, device=scale.device)
-        planned = [step for step in PRESETS[scale.preset].measured_steps if step in steps]
-        measure(run, ("covariance",), planned, settings=settings, device=scale.device)
+        if label == "dpsgd":  # whose draws stand for the steps of all algorithms
+            measure(run, ("covariance",), further[-1:], settings=settings, device=scale.device)
         views[label] = load_view(run, label)
     path = folder / INPUT
     made_by = f"python -m paper_figs --recompute --scale {scale.name}"

@@ -28,7 +28,6 @@ CLAIM = (
     "SSGD fails, and SSGD with isotropic noise of the same strength does not."
 )
 INPUTS = ("recorded/rescue.nc",)
-PLACES: tuple[NoisePlace, ...] = ("weights", "gradient")
 NAMES = {
     "ssgd-star-gradient-drift-alone": "SSGD + drift of the gradient alone",
     "ssgd-star-gradient-low-rank-drift-added": "SSGD + drift and covariance, gradient",
@@ -74,7 +73,7 @@ def variants(scale: Scale) -> list[Variant]:
     def star(place: NoisePlace, **noise: str) -> Variant:
         return Variant("ssgd-star", sigma0="calibrated", noise_place=place, noise_every=scale.noise_every, **noise)  # type: ignore[arg-type]
 
-    shaped = [star(place, noise_shape=shape) for place in PLACES for shape in scale.rescue_shapes]
+    shaped = [star(place, noise_shape=shape) for place in scale.rescue_places for shape in scale.rescue_shapes]
     drifts = [star("gradient", noise_drift="alone"), star("gradient", noise_shape="low-rank", noise_drift="added")]
     return [Variant("ssgd"), Variant("dpsgd"), *shaped, *(drifts if scale.rescue_drifts else [])]
 

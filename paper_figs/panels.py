@@ -66,7 +66,7 @@ def _compact(panel: Axes) -> None:
     handles = [drawn.get(label, own) for label, own in zip(labels, legend.legend_handles, strict=True)]
     title = legend.get_title().get_text() or None
     span = len(grid.colspan) / grid.get_gridspec().ncols
-    room = figure.bbox.width * span - 0.65 * figure.dpi  # less what the labels take on the left
+    room = figure.bbox.width * span - 0.8 * figure.dpi  # less what the labels take on the left
     for columns in range(min(5, max(1, len(handles))), 0, -1):
         made = panel.legend(
             handles, labels, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0),

@@ -4,7 +4,7 @@
 /map                    the stability map
 /runs/LABEL             run.json as text, provenance of the measurements
 /runs/LABEL/metrics     a row a logged step
-/runs/LABEL/MEASURE     as `landscape measure` wrote it, without single draws
+/runs/LABEL/MEASURE     as `landscape measure` wrote it, without single draws and long spectra
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ from landscape.theory.conclusions import Separation
 
 METRICS = ("train_loss", "test_loss", "test_accuracy", "sigma_w", "consensus_distance")
 """Of the columns of metrics.jsonl, what figures show."""
+MEASURES = (
+    "effective-learning-rate",
+    "noise",
+    "curvature",
+    "smoothing",
+    "stability",
+    "ledger",
+    "alignment",
+    "covariance",
+)
+"""Of the measures, what figures and the scorecard show."""
+LONG = 1000
+"""Numbers of a variable that is too long to keep."""
 MAP, RUNS, TABLE = "map", "runs", "metrics"
 
 
@@ -89,7 +102,9 @@ def write_recorded(
             attrs={**_provenance(view), "record": json.dumps(_nameless(view.run.record))}
         )
         groups[f"{RUNS}/{label}/{TABLE}"] = _metrics(view)
-        groups |= {f"{RUNS}/{label}/{measure}": _lean(found) for measure, found in view.groups.items()}
+        groups |= {
+            f"{RUNS}/{label}/{measure}": _lean(found) for measure, found in view.groups.items() if measure in MEASURES
+        }
     save_groups(groups, path)
 
 
@@ -138,8 +153,8 @@ def _nameless(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lean(found: xr.Dataset) -> xr.Dataset:
-    """Without single draws, whose means and errors stay, and without the provenance, which is the run's."""
-    kept = found.drop_vars([name for name in found.data_vars if "draw" in found[name].dims])
+    """Without single draws, whose means and errors stay, without long spectra, and without the provenance, which is the run's."""
+    kept = found.drop_vars([n for n in found.data_vars if "draw" in found[n].dims or found[n].size > LONG])
     kept.attrs = {k: v for k, v in kept.attrs.items() if not k.startswith("provenance")}
     return kept
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from landscape.experiments.reproduce import PresetName
-from landscape.training.noise import NoiseShape
+from landscape.training.noise import NoisePlace, NoiseShape
 
 ScaleName = Literal["laptop", "gpu", "cluster"]
 
@@ -25,6 +25,7 @@ class Scale:
         spectrum_steps: further checkpoints at which the top of the Hessian's spectrum is measured.
         rescue_rate: learning rate of the counterfactual; None for that of the recorded runs. 1.2 was chosen on seeds 0 to 5.
         rescue_seeds: its seeds, none of which chose a rate.
+        rescue_places: where the calibrated noise is added.
         rescue_shapes: what the calibrated noise keeps of DPSGD's.
         rescue_drifts: whether noise with the drift, and the drift alone, are tried beside.
         noise_every: steps between refreshes of the calibrated noise.
@@ -39,6 +40,7 @@ class Scale:
     spectrum_steps: tuple[int, ...]
     rescue_rate: float | None
     rescue_seeds: tuple[int, ...]
+    rescue_places: tuple[NoisePlace, ...]
     rescue_shapes: tuple[NoiseShape, ...]
     rescue_drifts: bool
     noise_every: int
@@ -52,15 +54,15 @@ SCALES: dict[str, Scale] = {
     for s in (
         Scale(
             "laptop", f"4,000 MNIST digits, {DIGITS}; one recorded run of each algorithm", "demo", None, "mnist-mlp", "cpu",
-            (20, 60, 100, 140, 200, 260, 320, 380, 440, 500), 1.2, tuple(range(6, 11)), ("isotropic", "low-rank"), False, 10,
+            (20, 60, 100, 140, 200, 260, 320, 380, 440, 500), 1.2, tuple(range(6, 11)), ("weights",), ("isotropic", "low-rank"), False, 10,
         ),
         Scale(
             "gpu", f"4,000 MNIST digits, {DIGITS}; one recorded run of each algorithm", "full", 20, "mnist-mlp", "cuda",
-            EVERY_FORTY, 1.2, tuple(range(6, 26)), ("isotropic", "layer", "diagonal", "low-rank"), True, 5,
+            EVERY_FORTY, 1.2, tuple(range(6, 26)), ("weights", "gradient"), ("isotropic", "layer", "diagonal", "low-rank"), True, 5,
         ),
         Scale(
             "cluster", f"60,000 MNIST digits, {DIGITS}; one recorded run of each algorithm", "full", 30, "mnist-full-mlp", "cuda",
-            EVERY_FORTY, None, tuple(range(6, 36)), ("isotropic", "layer", "diagonal", "low-rank"), True, 5,
+            EVERY_FORTY, None, tuple(range(6, 36)), ("weights", "gradient"), ("isotropic", "layer", "diagonal", "low-rank"), True, 5,
         ),
     )
 }  # fmt: skip
