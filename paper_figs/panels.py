@@ -33,7 +33,7 @@ def finish(figure: Figure, claim: str, numbers: Mapping[str, Headline], scale: s
         panel.xaxis.label.set_size(LABEL_SIZE)
         panel.yaxis.label.set_size(LABEL_SIZE)
         _compact(panel)
-    width = int(1.08 * figure.get_figwidth() * CHARACTERS_AN_INCH)
+    width = int(figure.get_figwidth() * CHARACTERS_AN_INCH)
     lines = [part for line in caption(claim, numbers, scale) for part in textwrap.wrap(line, width)]
     figure.supxlabel(
         "\n".join(symbols(line) for line in lines), fontsize=SMALL_PRINT, x=0.01, ha="left", color="#333333"
