@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,8 @@ class FunctionalModel:
         self.layout = ParameterLayout.of(self.module)
         self.loss = as_example_loss(loss_fn)
         self.randomness = randomness
-        self.batched = batched and not any(isinstance(m, nn.RNNBase) for m in self.module.modules())  # no batching rule
+        self._recurrent = [m for m in self.module.modules() if isinstance(m, nn.RNNBase)]
+        self.batched = batched and not self._recurrent  # no batching rule
         self._fixed = {n: p.detach() for n, p in self.module.named_parameters() if not p.requires_grad}
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FunctionalModel:
@@ -145,9 +147,16 @@ class FunctionalModel:
     def forward(self, parameters: Mapping[str, Tensor], buffers: Buffers, inputs: Any) -> Any:
         """The same at parameters by name."""
         state = {**self._fixed, **parameters, **buffers}
-        if isinstance(inputs, dict):
-            return functional_call(self.module, state, (), inputs)
-        return functional_call(self.module, state, inputs if isinstance(inputs, tuple) else (inputs,))
+        with self._recurrence(next(iter(parameters.values())).device):
+            if isinstance(inputs, dict):
+                return functional_call(self.module, state, (), inputs)
+            return functional_call(self.module, state, inputs if isinstance(inputs, tuple) else (inputs,))
+
+    def _recurrence(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Within, recurrent layers in eval mode can be differentiated, for which cuDNN's must be in train mode."""
+        if device.type == "cuda" and any(not m.training for m in self._recurrent):
+            return torch.backends.cudnn.flags(enabled=False)
+        return nullcontext()
 
     def example_losses(self, weights: Tensor, buffers: Buffers, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Contributions (B,) and weights (B,) of the examples at one flat weight vector (d,)."""

@@ -215,7 +215,7 @@ def write(studies: Sequence[Stored], out: Path) -> list[Path]:
     tables = {
         "table_rates": rates_table(studies), "table_rates_counts": counts_table(studies), "table_rates_thresholds": thresholds_table(studies),
     }  # fmt: skip
-    scales = "\n".join(f"- {s.name}: {s.scale}; converged: median training loss of w_a in the last fifth of the run below {s.threshold:.3g} nats" for s in studies)  # fmt: skip
+    scales = "\n".join(f"- {s.name}: {s.scale}; converged: median training loss of w_a in the last fifth of the run (three losses or more) below {s.threshold:.3g} nats" for s in studies)  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     files = {
         "table_rates.md": "\n".join(

@@ -16,7 +16,11 @@ from landscape.data.selection import choose
 from landscape.functional import measured_norms
 from landscape.tasks import get_task
 
-pytestmark = [pytest.mark.data, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.* classes have no example"),
+]
 
 FORMS = (
     "cifar10-efficientnet-b0@width=1/8,examples=32",

@@ -45,6 +45,11 @@ def test_a_smaller_form_says_what_it_is_and_is_found_again() -> None:
     assert narrow == pytest.approx(whole / 16, rel=0.05)
 
 
+def test_a_choice_that_leaves_out_a_class_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"5 of 4,000 examples: \d of 10 classes have no example"):
+        get_task("mnist-mlp@examples=5").load_data(None)
+
+
 @pytest.mark.parametrize("text", ["", "width", "width=0", "width=2", "width=a", "depth=3", "size=1.5", "examples=-1", "width=1/0", "size=8,size=8"])  # fmt: skip
 def test_scales_that_cannot_be_read(text: str) -> None:
     with pytest.raises(ValueError, match="cannot be read; use width=FRACTION"):

@@ -231,4 +231,6 @@ class RecipeFlags:
         count = len(task.load_data(self.data_root)[0]) if self.num_examples is None else self.num_examples
         chosen = task.recipe.settings(count, self.num_learners, self.local_batch_size, self.num_epochs)
         flags = {"task": task.name, "num_learners": self.num_learners, "local_batch_size": self.local_batch_size, **chosen}  # fmt: skip
+        if self.data_root is not None:
+            flags["data_root"] = self.data_root
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()))

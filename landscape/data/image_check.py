@@ -104,7 +104,10 @@ def _fault(path: str) -> str | None:
 def how_to_check(root: str | Path) -> str:
     """For messages."""
     command = f"from landscape.data.image_folder import check_images; print(check_images({str(root)!r}))"
-    return f'find all such files with: python -c "{command}"; then repair them, or leave them out with corrupt="skip"'
+    return (
+        f'find all such files with: python -c "{command}"; then repair them and delete {LIST_NAME}, or keep it: tasks leave out what it names '
+        '(image_folder(..., corrupt="skip") too)'
+    )
 
 
 def leave_out(root: Path, parts: Sequence[ImageFiles], list_file: Path) -> list[ImageFiles]:
@@ -133,7 +136,7 @@ def leave_out(root: Path, parts: Sequence[ImageFiles], list_file: Path) -> list[
         if len(files) < len(before):
             out = sorted(set(before.names) - set(files.names))
             warnings.warn(
-                f"{files.folder}: {len(out):,} of {len(before):,} images are left out, unreadable by {list_file}: {some(out)}",
+                f"{files.folder}: {len(out):,} of {len(before):,} images are left out, unreadable by {list_file}: {some(out)}; delete the list once they are repaired",
                 stacklevel=3,
             )
     return kept

@@ -158,7 +158,11 @@ def read_object(cursor: Cursor) -> np.ndarray:
 
 def _integer_count(cursor: Cursor) -> int:
     _check_binary(cursor)
-    return cursor.integer()
+    if cursor.position < len(cursor.buffer) and cursor.buffer[cursor.position] != 4:
+        raise ValueError(f"{cursor.where}: {cursor.word()!r} is not the integers of an alignment")
+    count = cursor.integer()
+    cursor.take(INTEGER, count)  # that so many are there; nothing is read
+    return count
 
 
 def _check_binary(cursor: Cursor) -> None:

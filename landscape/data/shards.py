@@ -9,7 +9,8 @@
         counts    (S,) int64, how often each state occurs
     metadata: format, and sha256 of all the tensors
 
-`convert` makes them of Kaldi's tables. They are memory-mapped: a batch reads its windows alone.
+`convert` makes them of Kaldi's tables. They are memory-mapped: a batch reads its windows alone, and checks what it reads. `check_shards` reads all
+and holds it to the hashes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -120,7 +122,8 @@ def _open(path: Path) -> Shard:
     frames, size = tensors["features"].shape
     lengths = tensors["ends"].diff(prepend=torch.zeros(1, dtype=torch.int64))
     fits = len(tensors["states"]) == frames == int(lengths.sum()) and bool((lengths > 0).all()) and frames > 0
-    if not fits or not len(tensors["mean"]) == len(tensors["squares"]) == size:
+    told = tensors["mean"].isfinite().all() and tensors["squares"].isfinite().all() and (tensors["counts"] >= 0).all() and int(tensors["counts"].sum()) == frames  # fmt: skip
+    if not fits or not told or not len(tensors["mean"]) == len(tensors["squares"]) == size:
         sizes = {name: tuple(t.shape) for name, t in tensors.items()}
         raise ValueError(f"{path}: tensors that do not fit together ({sizes}); convert it again")
     return Shard(path, tensors, metadata.get("sha256", ""))
@@ -156,12 +159,25 @@ class ShardFrames:
         return torch.cat([s.tensors["ends"] + start for s, start in zip(self.shards, self._starts[:-1], strict=True)])
 
     def gather(self, rows: Tensor) -> Tensor:
-        """See `Frames`."""
-        return self._gather("features", rows)
+        """See `Frames`; damaged ones, with nan or infinity, are refused."""
+        found = self._gather("features", rows)
+        sound = torch.isfinite(found).all(1)
+        if not sound.all():
+            self._refuse(rows.cpu()[~sound][0], "features that are nan or infinite")
+        return found.to(self.device)
 
     def gather_states(self, rows: Tensor) -> Tensor:
-        """See `Frames`."""
-        return self._gather("states", rows).to(torch.int64)
+        """See `Frames`; damaged ones, out of range, are refused."""
+        found, states = self._gather("states", rows), len(self.shards[0].tensors["counts"])
+        sound = (found >= 0) & (found < states)
+        if not sound.all():
+            self._refuse(rows.cpu()[~sound][0], f"state {int(found[~sound][0])}, but there are {states} (0 to {states - 1})")  # fmt: skip
+        return found.to(self.device, torch.int64)
+
+    def _refuse(self, row: Tensor, what: str) -> NoReturn:
+        number = int(torch.searchsorted(self._starts, row, right=True)) - 1
+        shard, frame = self.shards[number], int(row - self._starts[number])
+        raise ValueError(f"{shard.path}, utterance {shard.utterance_of(frame)}: {what}; the file is damaged, copy or convert it again")  # fmt: skip
 
     def _gather(self, name: str, rows: Tensor) -> Tensor:
         wanted = rows.cpu()
@@ -172,14 +188,14 @@ class ShardFrames:
             positions = (holders == number).nonzero().flatten()
             local = wanted[positions] - self._starts[number]
             found[positions] = self.shards[number].tensors[name].index_select(0, local)
-        return found.to(self.device)
+        return found
 
     def to(self, device: torch.device | str) -> ShardFrames:
         """See `Frames`."""
         return ShardFrames(self.shards, torch.device(device))
 
     def fingerprint(self) -> str:
-        """A short hash of the shards' names and of the hashes of their contents that were taken when they were written."""
+        """A short hash of the shards' names and of the hashes of their contents that were taken when they were written; see `check_shards`."""
         told = "\n".join(f"{s.path.name} {s.digest}" for s in self.shards)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -238,11 +254,31 @@ def _write(path: Path, corpus: Corpus, names: Sequence[str], dtype: torch.dtype)
         "features": frames, "states": labels, "ends": ends, "names": torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8),
         "mean": found.mean, "squares": found.squares, "counts": torch.bincount(labels, minlength=corpus.states),
     }  # fmt: skip
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().reshape(-1).view("uint8").data)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"format": FORMAT, "sha256": digest.hexdigest()})
+    save_file(tensors, partial, {"format": FORMAT, "sha256": _digest(tensors)})
     partial.replace(path)
     return path
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in TENSORS:
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().reshape(-1).view("uint8").data)
+    return digest.hexdigest()
+
+
+def check_shards(folder: str | Path) -> int:
+    """Read all shards of a folder and compare them with the hashes that were taken when they were written; once after a copy is enough.
+
+    Returns:
+        the number of shards.
+
+    Raises:
+        ValueError: for those that differ, or what `open_shards` refuses.
+    """
+    shards = open_shards(Path(folder))
+    differ = [s.path.name for s in shards if _digest(s.tensors) != s.digest]
+    if differ:
+        raise ValueError(f"{folder}: {len(differ)} of {len(shards)} shards do not hold what was written ({', '.join(differ)}); copy or convert them again")  # fmt: skip
+    return len(shards)

@@ -39,7 +39,8 @@ def speech(root: str | Path, *, features: int = 260, states: int = 32_000) -> tu
         training and held-out data. States without a training example are told by a warning, since most subsets lack some.
 
     Raises:
-        ValueError: for files that are missing, incomplete or damaged, another number of features, states out of range, and nan or infinity.
+        ValueError: for files that are missing, incomplete or damaged, another number of features, states out of range, and nan or infinity; in
+            shards, such frames are found when they are read (`landscape.data.shards.check_shards` reads all).
     """
     folder = Path(root).expanduser()
     parts = [_read(folder / name, features, states) for name in PARTS]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from landscape.data.dataset import Examples
 from landscape.data.selection import choose
@@ -51,13 +55,21 @@ def _scaled(base: str, scale: Scale) -> Task:
     made = MAKERS[base](base, scale)
     name = base + "@" + ",".join(f"{f}={v}" for f, v in vars(scale).items() if v is not None)
     made = replace(made, name=name, description=f"{made.description}; scaled: {scale}")
-    return made if scale.examples is None else replace(made, load_data=partial(_fewer, made.load_data, scale.examples))
+    if scale.examples is None:
+        return made
+    return replace(made, load_data=partial(_fewer, made.load_data, scale.examples, round(math.exp(made.constant_loss))))
 
 
 def _fewer(
-    load: Callable[[str | Path | None], tuple[Examples, Examples]], count: int, root: str | Path | None
-) -> tuple[Examples, Examples]:
+    load: Callable[[str | Path | None], tuple[Examples, Examples]], count: int, num_classes: int, root: str | Path | None
+) -> tuple[Examples, Examples]:  # fmt: skip
     train, test = load(root)
     if count > len(train):
         raise ValueError(f"{count:,} examples were asked for, and {train.name} has {len(train):,}")
-    return choose(train, count), test
+    chosen = choose(train, count)
+    present = len(torch.unique(chosen.targets_at(torch.arange(len(chosen), device=chosen.device))))
+    if present < num_classes:
+        warnings.warn(
+            f"{chosen.name}: {num_classes - present:,} of {num_classes:,} classes have no example", stacklevel=2
+        )
+    return chosen, test

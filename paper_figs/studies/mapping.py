@@ -16,8 +16,8 @@ from landscape.tasks import Task, get_task
 from landscape.training.config import TrainConfig
 from paper_figs.studies.declared import VARIANTS, Study
 
-JUDGED_SHARE = 0.2
-"""Of a run: the losses logged in its last fifth are what it is judged by."""
+JUDGED_SHARE, LEAST_JUDGED = 0.2, 3
+"""Of a run: the losses logged in its last fifth are what it is judged by, and those before it where these are fewer than three."""
 
 
 def load_task(study: Study, data_root: str | Path | None) -> tuple[Task, Examples]:
@@ -68,7 +68,7 @@ def joined(study: Study, task: Task, maps: list[xr.Dataset]) -> xr.Dataset:
 
     Returns:
         learning_rate (total_batch, rate), base_rate (rate), step (total_batch, point), train_loss and sigma_w (..., point; nan beyond a
-        shorter run's end), final_loss (median over the last fifth of the run; inf where it diverged), outcome, diverged_at, test_accuracy.
+        shorter run's end), final_loss (median over the last fifth of the run, three losses or more; inf where it diverged), outcome, diverged_at, test_accuracy.
     """
     parts = []
     level = study.converged_share * task.constant_loss
@@ -79,7 +79,8 @@ def joined(study: Study, task: Task, maps: list[xr.Dataset]) -> xr.Dataset:
         )
         steps = found["step"].values
         alive = found["diverged_at"].values < 0
-        judged = found["train_loss"].values[..., steps >= (1 - JUDGED_SHARE) * steps[-1]]
+        last = max(LEAST_JUDGED, int((steps >= (1 - JUDGED_SHARE) * steps[-1]).sum()))
+        judged = found["train_loss"].values[..., -last:]
         final = np.where(alive, np.median(judged, -1), np.inf)
         ended = outcome(judged.reshape(-1, judged.shape[-1]).T, level, task.constant_loss, alive.ravel())
         grid = ("variant", "rate", "seed")
@@ -95,7 +96,10 @@ def joined(study: Study, task: Task, maps: list[xr.Dataset]) -> xr.Dataset:
                     "final_loss": (
                         grid,
                         final,
-                        {"long_name": "median training loss of w_a in the last fifth", "units": "nats"},
+                        {
+                            "long_name": "median training loss of w_a in the last fifth, of three or more",
+                            "units": "nats",
+                        },
                     ),
                     "outcome": (grid, np.asarray(ended, dtype=object).reshape(alive.shape)),
                     "diverged_at": (grid, found["diverged_at"].values.astype("int32"), found["diverged_at"].attrs),

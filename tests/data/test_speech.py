@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import landscape.data.speech
 from landscape.data.frames import FrameData, MemoryFrames, moments, pooled
 from landscape.data.kaldi import Table
 from landscape.data.selection import choose
-from landscape.data.shards import convert, open_shards
+from landscape.data.shards import check_shards, convert, open_shards
 from landscape.data.speech import speech
 from landscape.losses import as_example_loss
 from tests.data.test_kaldi import write_corpus, write_table
@@ -316,6 +317,34 @@ def test_missing_mixed_and_damaged_shards_are_named(kaldi: Path, tmp_path: Path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"is no shard of frames: its metadata has format None"):
         open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("states", 9, r"features-00000-of-0000\d.safetensors, utterance b: state 9, but there are 7 \(0 to 6\); the file is damaged"),
+        ("states", -1, "utterance b: state -1, but there are 7"),
+        ("features", math.nan, "utterance b: features that are nan or infinite"),
+        ("features", math.inf, "utterance b: features that are nan or infinite"),
+        ("mean", math.nan, "do not fit together"),
+        ("squares", math.inf, "do not fit together"),
+        ("counts", -1, "do not fit together"),
+    ],
+)  # fmt: skip
+def test_damage_within_a_shard_is_told_when_it_is_read(kaldi: Path, tmp_path: Path, name: str, value: float, said: str) -> None:  # fmt: skip
+    shards = as_shards(kaldi, tmp_path / "shards", torch.float16)
+    folder = shards / "train"
+    assert check_shards(folder) == 3
+    path = sorted(folder.iterdir())[0]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {k: t.clone() for k, t in load_file(path).items()}
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=said):
+        speech(shards, features=6, states=7)[0].batch(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"do not fit together|1 of 3 shards do not hold what was written"):
+        check_shards(folder)
 
 
 @pytest.mark.parametrize(

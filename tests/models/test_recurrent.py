@@ -90,3 +90,17 @@ def test_a_state_dict_goes_round(case: tuple[FunctionalModel, Tensor, Tensor]) -
     before = frames.clone()
     assert torch.equal(other(frames), model.module(frames))
     assert torch.equal(frames, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_the_gradient_on_cuda_is_the_cpus_in_either_mode(case: tuple[FunctionalModel, Tensor, Tensor], mode: bool) -> None:  # fmt: skip
+    model, frames, states = case
+    model.module.train(mode)
+    weights, buffers = model.initial_weights()
+    found = []
+    for device in ("cpu", "cuda"):
+        there = model.to(device, torch.float64)
+        moved = weights.to(device)[None], {n: b.to(device)[None] for n, b in buffers.items()}
+        found.append(there.summed_gradients(*moved, frames.to(device), states.to(device), shared=True)[2].cpu())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
