@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -115,20 +116,27 @@ class Measure:
 
 @dataclass(frozen=True)
 class Report:
-    """One self-contained HTML report of measured runs."""
+    """One self-contained report of runs: what they did, what was measured, what was predicted, in words that the numbers decide."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="RUN")]
-    """Measured runs."""
-    out: Path
-    """The HTML file."""
+    """The runs, measured or not; several are compared."""
+    out: Path | None = None
+    """The file, replaced if it is there. By default RUN/report.html for one run and ./report.html for several (.md with --format md)."""
+    format: Literal["html", "md"] | None = None
+    """html: one file that loads nothing. md: Markdown, with its figures in a folder beside it. By default what --out ends in, else html."""
+    open: bool = False
+    """Show it in the browser when it is written."""
 
     def run(self) -> None:
         """Run it."""
-        from landscape.experiments.reproduce import report_runs
+        import webbrowser
 
-        if not self.runs:
-            raise ValueError("name at least one run")
-        print(report_runs(self.runs, self.out))
+        from landscape.experiments.report import report_runs
+
+        path = report_runs(self.runs, self.out, self.format)
+        print(path)
+        if self.open and not webbrowser.open(path.resolve().as_uri()):
+            print("landscape: no browser was found to show it in; open the file yourself", file=sys.stderr)
 
 
 @dataclass(frozen=True)

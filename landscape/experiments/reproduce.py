@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -366,29 +365,3 @@ def _write_plan(out: Path, content: dict[str, Any]) -> None:
 def _say(quiet: bool, text: str) -> None:
     if not quiet:
         print(text, file=sys.stderr if not text.startswith("converged") else sys.stdout, flush=True)
-
-
-def report_runs(paths: Sequence[str | Path], out: str | Path) -> Path:
-    """One report of any measured runs."""
-    from landscape.plotting.report import write_report
-    from landscape.plotting.view import load_view
-
-    views = [load_view(Path(p)) for p in paths]
-    bare = [str(v.run.path) for v in views if not v.groups]
-    if bare:
-        raise ValueError(f"not measured yet: {', '.join(bare)}; run landscape measure on it first")
-    outcomes = {
-        v.label: (
-            v.run.record.get("outcome", {}).get("outcome", v.run.status),
-            float(v.run.record.get("outcome", {}).get("median_last_train_loss", np.nan)),
-        )
-        for v in views
-    }
-    said = conclusions(None, None, {v.label: v.groups for v in views}, outcomes)
-    return write_report(
-        Path(out),
-        views,
-        title="Landscape report",
-        conclusions=said,
-        how_to_reproduce="landscape measure RUN; landscape report RUN --out FILE.html",
-    )

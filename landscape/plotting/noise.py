@@ -12,6 +12,7 @@ from landscape.plotting.style import (
     DASH_DOT,
     DASHED,
     DOTTED,
+    GREY,
     Look,
     axes_or_new,
     display_name,
@@ -28,7 +29,7 @@ PARTS: dict[str, tuple[str, Look]] = {
     "Delta_S": (r"minibatch $\Delta_S$", Look("#D55E00", DASHED, "s")),
     "Delta_2": (r"landscape $\Delta_2$", Look("#0072B2", "-", "o")),
     "Delta": (r"orthogonal $\Delta$", Look("#000000", DASH_DOT, "D")),
-    "cross": (r"|cross|", Look("#999999", DOTTED, "^")),
+    "cross": (r"|cross|", Look(GREY, DOTTED, "^")),
 }
 NAMES = {"Delta_S": r"$\Delta_S$", "Delta_2": r"$\Delta_2$", "Delta": r"$\Delta$", "cross": "cross"}
 

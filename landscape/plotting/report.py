@@ -1,49 +1,28 @@
-"""The report: one self-contained HTML file, readable anywhere, that says what was run, measured and predicted."""
+"""The report: one self-contained HTML file, readable anywhere, that says what was run, measured and predicted; or the same in Markdown."""
 
 from __future__ import annotations
 
-import base64
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import jinja2
-import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 
-from landscape.plotting import alignment, dynamics, maps, noise, smoothing, stability, tables
-from landscape.plotting.style import display_name, new_figure, style, to_svg
+from landscape.plotting import tables
+from landscape.plotting.commands import reproduce_commands
+from landscape.plotting.document import Document
+from landscape.plotting.markdown import as_markdown
+from landscape.plotting.sections import map_section, measured, scores, training
+from landscape.plotting.style import display_name, style
 from landscape.plotting.view import RunView, distinct
 from landscape.provenance import provenance
 from landscape.theory.scorecard import scorecard
 
+Form = Literal["html", "md"]
 NEUTRAL = "No conclusions were drawn for this report: the figures and tables below say what was measured."
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure in the report: an SVG as a data address, its alternative text and its caption."""
-
-    source: str
-    alternative: str
-    caption: str
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report."""
-
-    identifier: str
-    title: str
-    text: str
-    pictures: list[Picture] = field(default_factory=list)
-    tables: list[tables.Table] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def write_report(
@@ -54,16 +33,18 @@ def write_report(
     title: str,
     conclusions: Sequence[str] = (),
     how_to_reproduce: str = "",
+    form: Form = "html",
 ) -> Path:
     """Write the report of runs, and of a stability map where there is one.
 
     Args:
-        path: the HTML file; replaced if it is there.
+        path: the file; replaced if it is there. Beside a Markdown file NAME.md its figures stand in the folder NAME-figures.
         views: at least one run; what was not measured is left out.
         stability_map: of `landscape.experiments.sweep.stability_map`, or several by title.
         title: of the report.
         conclusions: plain sentences, shown first.
-        how_to_reproduce: the commands.
+        how_to_reproduce: the commands; by default those that the runs recorded of themselves.
+        form: one self-contained HTML file that loads nothing, or Markdown.
 
     Returns:
         path.
@@ -73,176 +54,65 @@ def write_report(
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name an HTML file in it")
-    views = distinct(views)
-    several = {"": stability_map} if isinstance(stability_map, xr.Dataset) else dict(stability_map or {})
-    with style():
-        sections = [_map_section(i, name, result) for i, (name, result) in enumerate(several.items())]
-        sections += [s for s in (_training(views), *_measured(views)) if s.pictures or s.tables]
-    found = {view.label: set(scorecard(view.groups)["verdict"]) for view in views if view.groups}
-    text = _template().render(
-        title=title,
-        conclusions=list(conclusions) or [NEUTRAL],
-        summary=tables.summary(views),
-        sections=sections,
-        verdicts=tables.VERDICTS,
-        scores=[(tables.verdict_table(v), tables.scorecard_table(v)) for v in views if found.get(v.label)],
-        unmeasured=[display_name(v.label) for v in views if not v.groups],
-        provenance=[(tables.run_provenance(v), tables.measurement_provenance(v) if v.groups else None) for v in views],
-        map_provenance=[tables.map_provenance(m) for m in several.values()],
-        how_to_reproduce=how_to_reproduce,
-        made=provenance(),
+    document = compose(
+        views, stability_map, title=title, conclusions=conclusions, how_to_reproduce=how_to_reproduce, name=path.name
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".writing-{path.name}-{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    if form == "html":
+        _replace(path, as_html(document).encode("utf-8"))
+        return path
+    folder = path.with_name(f"{path.stem}-figures")
+    text, figures = as_markdown(document, folder.name)
+    for name, svg in figures.items():
+        _replace(folder / name, svg)
+    _replace(path, text.encode("utf-8"))
     return path
 
 
-def _template() -> jinja2.Template:
-    source = resources.files("landscape.plotting").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    return environment.from_string(source)
-
-
-def _picture(
-    draw: Callable[..., Axes], alternative: str, caption: str, *, wide: bool = False, height: float = 3.1
-) -> Picture:
-    figure = new_figure("two-column" if wide else "report", height=height)
-    draw(ax=figure.subplots())
-    encoded = base64.b64encode(to_svg(figure)).decode("ascii")
-    return Picture(f"data:image/svg+xml;base64,{encoded}", alternative, caption, wide)
-
-
-def _map_section(index: int, name: str, result: xr.Dataset) -> Section:
-    table = tables.convergence_table(result)
-    said = "; ".join(f"{row[0]}: {', '.join(str(c) for c in row[1:-1])}" for row in table.rows)
-    rates, seeds = result.sizes["learning_rate"], result.sizes["seed"]
-    pictures = [
-        _picture(partial(maps.outcome_map, result), f"How each run ended, by variant, rate and seed. {said}.",
-                 "How every run ended. An empty place was not run.", wide=rates * seeds > 24, height=0.7 + 0.45 * max(3, result.sizes["variant"])),
-        _picture(partial(maps.convergence_probability, result), f"Share of seeds that converge against the learning rate. {said}.",
-                 "Share of seeds that converge, with Wilson 95% intervals; a star marks the edge, where the share crosses one half."),
-        _picture(partial(maps.threshold_sensitivity, result), "Number of converged runs against the threshold that defines convergence.",
-                 "How the counts hang on the definition of convergence; the dotted line is the task's threshold."),
-        _picture(partial(maps.time_to_threshold, result), "Steps until the training loss is below the threshold, against the learning rate.",
-                 "Steps to the threshold: small points are seeds, lines their medians, numbers the seeds that never get there.", height=3.6 if result.sizes["variant"] > 3 else 3.1),
-    ]  # fmt: skip
-    return Section(
-        f"map-{index}",
-        "Who converges at which learning rate" + (f": {name}" if name else ""),
-        "The same network, data and seeds under each algorithm. A run has converged when its median training loss over the last 50 steps is "
-        "below the threshold; stuck means near the loss of constant output, and slow is everything between.",
-        pictures,
-        [table, tables.sensitivity_table(result)],
+def compose(
+    views: Sequence[RunView],
+    stability_map: xr.Dataset | Mapping[str, xr.Dataset] | None = None,
+    *,
+    title: str,
+    conclusions: Sequence[str] = (),
+    how_to_reproduce: str = "",
+    name: str = "report.html",
+) -> Document:
+    """What a report of these runs says; arguments as of `write_report`, `name` being the file's."""
+    views = distinct(views)
+    several = {"": stability_map} if isinstance(stability_map, xr.Dataset) else dict(stability_map or {})
+    with style():
+        sections = [map_section(i, label, result) for i, (label, result) in enumerate(several.items())]
+        sections += [s for s in (training(views), *measured(views)) if s.pictures or s.tables]
+        score_pictures = scores(views)
+    scored = [v for v in views if len(scorecard(v.groups))]
+    return Document(
+        title,
+        list(conclusions) or [NEUTRAL],
+        tables.summary(views),
+        sections,
+        score_pictures,
+        [(tables.verdict_table(v), tables.scorecard_table(v)) for v in scored],
+        [display_name(v.label) for v in views if not v.groups],
+        [(tables.run_provenance(v), tables.measurement_provenance(v) if v.groups else None) for v in views],
+        [tables.map_provenance(m) for m in several.values()],
+        how_to_reproduce or reproduce_commands(views, name),
+        provenance(),
     )
 
 
-def _training(views: Sequence[RunView]) -> Section:
-    last = "; ".join(f"{display_name(v.label)} ends at {_last(v, 'train_loss')}" for v in views)
-    right = "; ".join(f"{display_name(v.label)} ends at {_last(v, 'test_accuracy')}" for v in views)
-    spread = "; ".join(f"{display_name(v.label)} ends at sigma_w {_last(v, 'sigma_w')}" for v in views)
-    pictures = [
-        _picture(partial(dynamics.training_loss, views), f"Training loss of the average weights against the step: {last}.",
-                 "Training loss of the average w_a over all training data."),
-        _picture(partial(dynamics.held_out_accuracy, views), f"Held-out accuracy of the average weights against the step: {right}.",
-                 "Held-out accuracy of w_a; the band spans the single learners."),
-        _picture(partial(dynamics.weight_variance, views), f"Per-parameter variance of the weights across learners against the step: {spread}. Arrows mark checkpoints where the prediction is infinite.",
-                 "How far the learners differ, and what minibatch noise alone would sustain on the local quadratic (open markers). An arrow: that quadratic is unstable, so no such value exists."),
-    ]  # fmt: skip
-    return Section("training", "How training went", "One run each, with checkpoints.", pictures, notes=_unstable(views))
+def as_html(document: Document) -> str:
+    """The document as one HTML page that loads nothing."""
+    source = resources.files("landscape.plotting").joinpath("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    return environment.from_string(source).render(**vars(document), verdicts=tables.VERDICTS)
 
 
-def _measured(views: Sequence[RunView]) -> list[Section]:
-    spread = [v for v in views if v.run.config.algorithm == "dpsgd"]
-    noisy = [v for v in views if v.run.config.algorithm != "ssgd"]
-    smoothed = [
-        v for v in views if "kink_part" in v.groups.get("smoothing", xr.Dataset())
-    ]  # calibrated noise is no kernel
-    return [
-        _per_run("rate", "Effective learning rate", "α_e/α compares the part of the averaged gradient that goes along the exact gradient g with a full step: 1 for SSGD on average. "
-                 "Each prediction smooths the landscape with another kernel; the learners' own is exact, so it checks the measurement, and the others are the theory.",
-                 views, "effective-learning-rate", dynamics.effective_learning_rate, "Effective over nominal learning rate with its predictions", "Means over fresh minibatches at fixed learners, with 95% intervals.", _each(spread, "effective-learning-rate", alignment.rate_by_layer, "Effective over nominal learning rate of each layer against the step", "The same by layer, each against its own part of g.")),
-        _per_run("noise", "Noise of a step", "The noise splits into minibatch noise Δ_S, all that SSGD has, and landscape-dependent noise Δ_2, which comes from the learners standing at different places. "
-                 "Δ is the part of the whole that is orthogonal to g; the cross term may have either sign.", views, "noise", noise.noise_split, "Strength of the noise and of its parts", "Means with 95% intervals (cut off before zero, which a logarithmic axis does not have).", [*_systematic(noisy), *_each(views, "covariance", alignment.step_noise_spectra, "Eigenvalues of the covariance of a step's noise",
-                                          "Spectra of the noise of one step with gradients taken where each algorithm takes them, from the same minibatches.")]),
-        _per_run("stability", "Is the landscape too steep for the rate?", "αλ/2 above 1 means that a plain gradient step of the average overshoots on the local quadratic. "
-                 "Under AWC the disagreement between learners has a lower limit. The smoothed curvatures speak of the average at frozen deviations only; the growth of the disagreement takes all learners at once.",
-                 views, "stability", stability.stability_margin, "Learning rate times largest curvature over two, against its limits", "Errors: 95% intervals over sampled deviations.", _coupled(spread)),
-        _per_run("smoothing", "How smooth is the smoothed landscape?", "Estimated bounds: they rest on the largest gradient met, so they are not proofs. A bound far above the measurement is vacuous, and its ratio says how far.",
-                 smoothed, "smoothing", smoothing.smoothness_bounds, "Measured smoothness below its estimated bounds", "The legend gives the median of bound over measurement."),
-        _per_run("kinks", "Curvature at the kinks", "A ReLU network has curvature at its kinks that automatic differentiation does not see. It is measured as the derivative of the smoothed gradient less the average Hessian. "
-                 "Differences are only as good as their step: the second figure of a run should be flat.", smoothed, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", "95% intervals over sampled deviations; the learners' own kernel is exact.", _each(smoothed, "smoothing", smoothing.difference_plateau, "Curvature against the step of the finite differences", "A flat line: the result does not hang on the step of the differences.")),
-        _per_run("alignment", "Where the noise points", "Whether noise is large where curvature is: the share of each noise along the top eigenvectors of the Hessian. "
-                 "Isotropic noise would put the same tiny share, one over the number of weights, on each.", views, "alignment", alignment.noise_law,
-                 "Share of each noise along eigenvectors of the Hessian against their eigenvalues", "The last checkpoint measured. A thin line: the points do not carry an exponent.", _each(views, "alignment-by-layer", alignment.layer_exponents, "Exponent of minibatch noise on curvature by layer", "Exponents by layer; open: the layer does not carry one.", height=2.4)),
-        _per_run("disagreement", "What keeps the learners apart", "The learners' deviations along the top eigenvectors of the Hessian, against what minibatch noise alone would sustain on the local quadratic.",
-                 [v for v in spread if "energy_ratio" in v.groups.get("disagreement", xr.Dataset())], "disagreement", alignment.disagreement_modes,
-                 "Energy of the deviations along each eigenvector of the Hessian over its prediction", "The last checkpoint measured, with 95% intervals: one checkpoint is one sample of each mode."),
-        _per_run("ledger", "What a step gains and pays", "One plain step from the checkpoint: the gain along g against the cost of curvature along and across g. Where the realised change leaves the predicted one, the landscape is not quadratic at the size of a step.",
-                 views, "ledger", dynamics.one_step_ledger, "Predicted and realised change of the loss in one step", "Means over fresh minibatches with 95% intervals."),
-    ]  # fmt: skip
-
-
-def _per_run(
-    identifier: str, title: str, text: str, views: Sequence[RunView], measure: str,
-    draw: Callable[..., Axes], alternative: str, caption: str, more: Sequence[Picture] = (),
-) -> Section:  # fmt: skip
-    measured = [v for v in views if measure in v.groups]
-    pictures = []
-    for view in measured:
-        name, steps = display_name(view.label), [int(s) for s in view.groups[measure]["step"].values]
-        where = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if steps else "no checkpoints"
-        pictures.append(_picture(partial(draw, view), f"{alternative}, {name}, {where}.", f"{name}. {caption}"))
-    return Section(identifier, title, text, [*pictures, *more])
-
-
-def _systematic(views: Sequence[RunView]) -> list[Picture]:
-    """The systematic share of runs whose gradient points are not all w_a."""
-    measured = [v for v in views if "noise" in v.groups and np.isfinite(v.groups["noise"].get("systematic_share", xr.DataArray(np.nan))).any()]  # fmt: skip
-    if not measured:
-        return []
-    return [_picture(partial(noise.systematic_share, measured), "Systematic share of the landscape-dependent noise against the step.",
-                     "How much of the landscape-dependent noise is a drift, the same at every draw (1), and how much averages away (0).")]  # fmt: skip
-
-
-def _each(
-    views: Sequence[RunView], measure: str, draw: Callable[..., Axes], alternative: str, caption: str, *, height: float = 3.1
-) -> list[Picture]:  # fmt: skip
-    """A further figure of every run that has the measure."""
-    return [
-        _picture(partial(draw, view), f"{alternative}, {display_name(view.label)}.", f"{display_name(view.label)}. {caption}", height=height)
-        for view in views
-        if measure in view.groups
-    ]  # fmt: skip
-
-
-def _coupled(views: Sequence[RunView]) -> list[Picture]:
-    measured = [v for v in views if "coupled_disagreement" in v.groups.get("stability", xr.Dataset())]
-    if not measured:
-        return []
-    worst = "; ".join(f"{display_name(v.label)}: largest {float(v.groups['stability']['coupled_disagreement'].max()):.3g}" for v in measured)  # fmt: skip
-    return [_picture(partial(stability.coupled_growth, measured), f"Growth of the disagreement per step against the step. {worst}.",
-                     "Growth of the disagreement per step, all learners at once. Above 1 it feeds itself, whatever the minibatch noise.")]  # fmt: skip
-
-
-def _unstable(views: Sequence[RunView]) -> list[str]:
-    """How often minibatch noise alone has no stationary disagreement."""
-    said = []
-    for view in views:
-        if "noise" in view.groups:
-            predicted = view.groups["noise"]["consensus_trace_predicted"].values
-            if np.isposinf(predicted).any():
-                said.append(
-                    f"{display_name(view.label)}: at {int(np.isposinf(predicted).sum())} of {len(predicted)} checkpoints the local quadratic is unstable "
-                    "for the disagreement, so the spread measured there cannot come from minibatch noise alone."
-                )  # fmt: skip
-    return said
-
-
-def _last(view: RunView, name: str) -> str:
-    series = view.series(name)
-    return tables.number(float(series.iloc[-1])) if len(series) else "nothing logged"
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

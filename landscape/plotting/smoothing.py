@@ -11,6 +11,8 @@ from landscape.plotting.style import (
     DASH_DOT,
     DASHED,
     DOTTED,
+    INDIGO,
+    OCHRE,
     PREDICTION_LOOKS,
     Look,
     axes_or_new,
@@ -32,10 +34,10 @@ KERNEL_NAMES = {
 }
 BOUNDS: dict[str, tuple[str, Look]] = {
     "paper": (r"$2G/\sigma$", Look("#D55E00", "-", "s")),
-    "duchi": (r"$G/\sigma$", Look("#E69F00", DASHED, "^")),
+    "duchi": (r"$G/\sigma$", Look(OCHRE, DASHED, "^")),
     "sharp": (r"$\sqrt{2/\pi}\,G/\sigma$", Look("#CC79A7", DASH_DOT, "v")),
     "smooth": (r"$\ell_s\,\mathrm{erf}(G/\sqrt{2}\ell_s\sigma)$", Look("#009E73", DOTTED, "D")),
-    "local": (r"$\sqrt{\lambda_{\max}\mathrm{Cov}\,g}/\sigma$", Look("#56B4E9", (0, (3, 1, 1, 1)), "P")),
+    "local": (r"$\sqrt{\lambda_{\max}\mathrm{Cov}\,g}/\sigma$", Look(INDIGO, (0, (3, 1, 1, 1)), "P")),
 }
 
 

@@ -26,7 +26,10 @@ from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 from landscape.statistics import Z95
 
 WIDTHS = {"one-column": 3.4, "two-column": 7.0, "report": 4.7}
-"""Figure widths in inches."""
+"""Figure widths in inches: a column and a page of a two-column paper, and half a page of the HTML report."""
+
+INDIGO, OCHRE, GREY = "#332288", "#8A5A00", "#777777"
+"""For lines on white, where Okabe and Ito's sky blue, orange and light greys have less than the 3:1 contrast that WCAG asks of graphics."""
 
 RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -50,9 +53,9 @@ RC: dict[Any, Any] = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "savefig.facecolor": "white",
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42,  # TrueType, embedded: text can be searched and edited, and no journal's check finds Type 3 fonts
     "ps.fonttype": 42,
-    "svg.fonttype": "path",
+    "svg.fonttype": "path",  # glyphs as outlines: the same on machines without the font, as in a report that loads nothing
     "svg.hashsalt": "landscape",
 }
 
@@ -77,14 +80,14 @@ LOOKS: dict[str, Look] = {
     "ssgd-star": Look("#CC79A7", DOTTED, "^"),
     "dpsgd": Look("#0072B2", "-", "o"),
     "dpsgd-atc": Look("#009E73", DASH_DOT, "D"),
-    "dpsgd-cta": Look("#56B4E9", (0, (3, 1, 1, 1, 1, 1)), "P"),
+    "dpsgd-cta": Look(INDIGO, (0, (3, 1, 1, 1, 1, 1)), "P"),
 }
-"""Algorithm variants (Okabe and Ito's colours)."""
+"""Algorithm variants, the same in every figure: Okabe and Ito's colours and Tol's indigo, of different lightness too."""
 
 PREDICTION_LOOKS: dict[str, Look] = {
     "exact": Look("#0072B2", "-", "D"),
     "learners": Look("#0072B2", "-", "D"),
-    "isotropic": Look("#E69F00", DASHED, "^"),
+    "isotropic": Look(OCHRE, DASHED, "^"),
     "covariance": Look("#009E73", DASH_DOT, "s"),
     "second-order": Look("#CC79A7", DOTTED, "v"),
     "second-order-autodiff": Look("#882255", (0, (1, 2.5)), "h"),
@@ -95,7 +98,7 @@ PREDICTION_LOOKS: dict[str, Look] = {
 
 MEASURED = Look("#000000", "-", "o")
 
-SPARE = [Look("#E69F00", (0, (8, 2)), "X"), Look("#000000", (0, (2, 2)), "*"), Look("#999933", (0, (6, 1, 1, 1)), "p"),
+SPARE = [Look(OCHRE, (0, (8, 2)), "X"), Look("#000000", (0, (2, 2)), "*"), Look("#999933", (0, (6, 1, 1, 1)), "p"),
          Look("#882255", (0, (1, 2.5)), "h"), Look("#666666", (0, (9, 1.5, 2, 1.5)), "d")]  # fmt: skip
 STAR_COLOURS, STAR_MARKERS = ("#CC79A7", "#AA4499", "#882255", "#661100"), ("^", "v", "<", ">")
 STAR_LINES = (DOTTED, (0, (1, 2.6)), (0, (2, 1)), (0, (2, 1, 1, 1)))

@@ -144,7 +144,7 @@ def verdict_table(view: RunView) -> Table:
         said = tuple((v, int(row[v])) for v in VERDICTS if row.get(v, 0) > 0)
         part = card[(card["quantity"] == row["quantity"]) & (card["prediction"] == row["prediction"])]
         run: Cell = ((str(row["verdict"]), 0),)
-        rows.append([_plain(str(row["quantity"])), _plain(str(row["prediction"])), said, run, _median_ratio(part)])
+        rows.append([plain(str(row["quantity"])), plain(str(row["prediction"])), said, run, _median_ratio(part)])
     checkpoints = len({int(s) for g in view.groups.values() for s in g["step"].values})
     return Table(
         f"{display_name(view.label)}: verdicts over {checkpoints} checkpoints",
@@ -175,7 +175,7 @@ def run_provenance(view: RunView) -> Table:
     facts |= {"parameters": record["num_parameters"], "data": record["data"]["name"]}
     facts |= {f"data fingerprint, {k}": v for k, v in record["data"]["fingerprint"].items()}
     facts |= {f"code: {k}": v for k, v in record["provenance"].items()}
-    return Table(f"{display_name(view.label)}: the run", ["", "value"], [[k, _nameless(v)] for k, v in facts.items()])
+    return Table(f"{display_name(view.label)}: the run", ["", "value"], [[k, nameless(v)] for k, v in facts.items()])
 
 
 def measurement_provenance(view: RunView) -> Table:
@@ -201,7 +201,7 @@ def map_provenance(result: xr.Dataset) -> Table:
     facts = {k: v for k, v in result.attrs.items() if k != "config"}
     facts |= {f"config: {k}": v for k, v in json.loads(result.attrs.get("config", "{}")).items() if k not in ("algorithm", "order", "learning_rate", "seed", "sigma0")}  # fmt: skip
     facts |= {"seeds": ", ".join(str(s) for s in result["seed"].values)}
-    rows = [[k.removeprefix("provenance_"), _nameless(v)] for k, v in facts.items()]
+    rows = [[k.removeprefix("provenance_"), nameless(v)] for k, v in facts.items()]
     return Table("The stability map; algorithm, order, rate, noise and seed vary within it", ["", "value"], rows)
 
 
@@ -232,7 +232,7 @@ def _score(row: Any) -> list[Cell]:
     )
     z = "" if math.isnan(row.z) else f"{row.z:+.1f}"
     ratio = "" if infinite or pd.isna(row.ratio) else with_error(row.ratio, row.ratio_stderr)
-    return [str(row.step), _plain(row.quantity), _plain(row.prediction), with_error(row.measured, row.measured_stderr), predicted, ratio, z, ((str(row.verdict), 0),)]  # fmt: skip
+    return [str(row.step), plain(row.quantity), plain(row.prediction), with_error(row.measured, row.measured_stderr), predicted, ratio, z, ((str(row.verdict), 0),)]  # fmt: skip
 
 
 def _median_ratio(part: pd.DataFrame) -> str:
@@ -269,18 +269,19 @@ PLAIN = {
 }  # fmt: skip
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The scorecard's names in the report's letters; bounds are estimates, since their constants were measured."""
     for name, shown in PLAIN.items():
         text = text.replace(name, shown)
     return text
 
 
-def _nameless(value: Any) -> str:
+def nameless(value: Any) -> str:
     """A value as text; of a path, the last part."""
     text = str(value)
     return (
         Path(text).name
-        if text.startswith(("/", "~", "./", "../")) or (isinstance(value, str) and "/" in text and " " not in text)
+        if text.startswith(("/", "~", "./", "../"))
+        or (isinstance(value, str) and "/" in text and not set(text) & set(" =@"))
         else text
     )

@@ -52,7 +52,7 @@ def test_a_series_of_learners_becomes_a_run_that_is_measured_as_its_weights_in_m
 
 
 def test_every_measure_works_on_an_imported_run_and_a_report_is_made(tmp_path: Path, tiny_task: Task) -> None:
-    from landscape.experiments.reproduce import report_runs
+    from landscape.experiments.report import report_runs
 
     save_ranks(tmp_path / "theirs", tiny_task, 5)
     run = import_run(tmp_path / "theirs", tmp_path / "run", task=tiny_task, config=KNOWN, quiet=True)

@@ -1,0 +1,246 @@
+"""What the numbers of any runs say, in plain words that the numbers choose: one topic a sentence, all runs beside one another.
+
+`landscape.theory.conclusions` speaks of a whole reproduction, with its map; this of whatever runs a report is asked for: one alone, several,
+unfinished, diverged, never measured, or from other programs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import xarray as xr
+from scipy.stats import norm
+
+from landscape.plotting.style import display_name
+from landscape.plotting.tables import number, plain, with_error
+from landscape.plotting.view import RunView
+from landscape.theory.scorecard import TOLERANCE, run_scorecard, scorecard
+
+FAMILY_ERROR = 0.05
+"""Chance that a run's rate is called lowered at some checkpoint where it is at none: shared among its checkpoints (Bonferroni)."""
+MOST_NAMED = 4
+"""Predictions that are called by name in one sentence."""
+
+
+def summarise(views: Sequence[RunView]) -> list[str]:
+    """The summary of runs, in sentences.
+
+    Args:
+        views: with labels that differ (`landscape.plotting.view.distinct`).
+
+    Returns:
+        how each run ended; what that does not show; then of the runs that were measured the effective learning rate, the noise, whether the landscape
+        is too steep for the rate, what smoothing does to it, and how the predictions fared; and what was not measured or merely assumed.
+    """
+    said = [f"{display_name(v.label)} {_ended(v)}." for v in views]
+    said += _caution(views)
+    said += _topic(
+        views,
+        "effective-learning-rate",
+        "Effective over nominal learning rate (1: full steps along the gradient)",
+        _rate,
+    )
+    said += _topic(views, "noise", "Landscape-dependent share of the noise, Δ₂/(Δ_S + Δ₂)", _noise)
+    said += _topic(
+        views, "stability", "Is the landscape too steep for the learning rate at the average weights?", _steepness
+    )
+    said += _topic(views, "stability", "Does disagreement between the learners feed itself?", _growth)
+    said += _topic([v for v in views if "smoothing" in v.groups], "stability", "Largest curvature after smoothing with the paper's isotropic kernel, over that without", _smoothing)  # fmt: skip
+    for view in views:
+        said += _verdicts(view)
+    bare = [v for v in views if not v.groups]
+    if bare:
+        names = _join([display_name(v.label) for v in bare])
+        said.append(f"{names} {'were' if len(bare) > 1 else 'was'} not measured: nothing is said here of noise, curvature and learning rate. landscape measure RUN measures it.")  # fmt: skip
+    for view in views:
+        assumed = view.run.record.get("assumed")
+        if assumed:
+            said.append(f"Of {display_name(view.label)} nobody told {_join([a.replace('_', ' ') for a in assumed])}: the values here are assumed, and so is what hangs on them.")  # fmt: skip
+    return said
+
+
+def _ended(view: RunView) -> str:
+    """How training went, of one run."""
+    record, status = view.run.record, view.run.status
+    ended = record.get("outcome", {})
+    steps = view.run.steps
+    if status in ("imported", "recorded", "importing"):
+        where = "no checkpoints" if not steps else f"checkpoints of steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"a checkpoint of step {steps[0]}"  # fmt: skip
+        origin = record.get("imported", {}).get("format")
+        text = f"was {'recorded by its own training program' if status == 'recorded' else 'imported from ' + (f'{origin} files' if origin else 'other files')}, with {where}"
+        return text + ("" if "train_loss" in view.run.metrics else "; how its training went is not on record")
+    if status == "diverged" or ended.get("outcome") == "non-finite":
+        died = record.get("diverged_at", ended.get("step"))
+        text = "diverged: its loss or a gradient was not finite" + (f" at step {died}" if died is not None else "")
+        return text + (f" of {view.run.config.num_steps}" if died is not None else "")
+    accuracy = view.series("test_accuracy")
+    right = f"; at the end the averaged model is right on {100 * float(accuracy.iloc[-1]):.1f}% of the held-out examples" if len(accuracy) else ""  # fmt: skip
+    if status != "complete":
+        metrics = view.run.metrics
+        reached = int(metrics["step"].iloc[-1]) if "step" in metrics and len(metrics) else 0
+        return f"is not finished ({status}, logged up to step {reached} of {view.run.config.num_steps}): what follows is of the part so far"
+    median = float(ended.get("median_last_train_loss", math.nan))
+    threshold, constant = (number(float(record.get(k, math.nan))) for k in ("threshold", "constant_loss"))
+    last = f"a median training loss of {number(median)} over the last 50 steps"
+    said = {
+        "converged": f"converged: {last}, below the threshold of {threshold}",
+        "slow": f"did not converge in {view.run.config.num_steps} steps: {last}, above the threshold of {threshold} but below the {constant} of constant output",
+        "stuck": f"got stuck: {last} is no better than constant output ({constant})",
+    }.get(str(ended.get("outcome")), f"ended: {last}" if math.isfinite(median) else "ended")
+    return said + right
+
+
+def _caution(views: Sequence[RunView]) -> list[str]:
+    """What a comparison of these runs does not show."""
+    said = []
+    outcomes = {v.variant: v.run.record.get("outcome", {}).get("outcome") for v in views}
+    if len(outcomes) > 1 and len(set(outcomes.values())) > 1:
+        said.append("One run of each algorithm does not show by itself that one converges more often than another; landscape sweep and landscape reproduce count over seeds.")  # fmt: skip
+    names = {
+        "task": "task",
+        "learning_rate": "learning rate",
+        "num_learners": "number of learners",
+        "local_batch_size": "local batch",
+    }
+    found = {
+        k: list(dict.fromkeys(v.run.task if k == "task" else getattr(v.run.config, k) for v in views)) for k in names
+    }
+    differing = [f"{names[k]} ({', '.join(str(x) if isinstance(x, str) else f'{x:g}' for x in values)})" for k, values in found.items() if len(values) > 1]  # fmt: skip
+    if differing:
+        said.append(
+            f"The runs differ in {_join(differing)}, not in the algorithm alone, so their numbers are not like for like."
+        )
+    return said
+
+
+def _topic(views: Sequence[RunView], measure: str, text: str, tell: Callable[[xr.Dataset], str]) -> list[str]:
+    """One sentence on a measure, with what `tell` says of each run that has it."""
+    told = [(v, tell(v.groups[measure])) for v in views if measure in v.groups and v.groups[measure].sizes["step"]]
+    told = [(v, words) for v, words in told if words]
+    if not told:
+        return []
+    end = "" if text.endswith("?") else ":"
+    return [f"{text}{end} " + "; ".join(f"{display_name(v.label)} {words}" for v, words in told) + "."]
+
+
+def _rate(at: xr.Dataset) -> str:
+    steps, means, errors = (
+        at["step"].values,
+        at["alpha_e_ratio_mean"].values,
+        np.nan_to_num(at["alpha_e_ratio_stderr"].values),
+    )
+    z = float(norm.ppf(1 - FAMILY_ERROR / 2 / len(steps)))
+    lowest = int(np.nanargmin(means))
+    lowered, raised = means + z * errors < 1, means - z * errors > 1
+    ends = np.abs(means[-1] - 1) + z * errors[-1] < TOLERANCE
+    low = f"{with_error(float(means[lowest]), float(errors[lowest]))} at step {steps[lowest]}"
+    if len(steps) == 1:
+        words = "lowered" if lowered[0] else "raised" if raised[0] else "not told from 1"
+        return f"{low}, {words}"
+    counts = f"{int(lowered.sum())} of {len(steps)} checkpoints"
+    if not lowered.any():
+        above = f", and above it at {int(raised.sum())}" if raised.any() else ""
+        return f"nowhere clearly below 1 (lowest {low}){above}"
+    last = with_error(float(means[-1]), float(errors[-1]))
+    if lowest == len(steps) - 1:
+        return f"below 1 at {counts}, lowest at the last, {low}"
+    back = f"within {TOLERANCE:.0%} of 1 again" if ends else "not back"
+    return f"below 1 at {counts}, lowest {low}, and at the last checkpoint {last}: {back}"
+
+
+def _noise(at: xr.Dataset) -> str:
+    total = at["Delta_S_mean"].values + at["Delta_2_mean"].values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = at["Delta_2_mean"].values / total
+    found = np.isfinite(share)
+    if not found.any():
+        return ""
+    if not (share[found] > 0).any():
+        return "has none"
+    steps, most = at["step"].values, int(np.nanargmax(share))
+    if found.sum() == 1:
+        return f"{_percent(float(share[most]))} at step {steps[most]}"
+    return f"{_percent(float(np.nanmin(share)))} to {_percent(float(share[most]))} (most at step {steps[most]})"
+
+
+def _steepness(at: xr.Dataset) -> str:
+    values = at["alpha_lambda_half"].sel(function="w_a").values
+    if not np.isfinite(values).any():
+        return ""
+    limit = float(np.ravel(at["threshold_mean"].values)[0]) / 2 if "threshold_mean" in at else 1.0
+    steep, known = int((values > limit).sum()), int(np.isfinite(values).sum())
+    where = f"at {steep} of {known} checkpoints" if known > 1 else f"at step {int(at['step'].values[0])}"
+    at_most = f"αλ/2 is at most {number(float(np.nanmax(values)))}, limit {number(limit)}"
+    return f"yes {where} ({at_most})" if steep else f"no ({at_most})"
+
+
+def _growth(at: xr.Dataset) -> str:
+    if "coupled_disagreement" not in at or not np.isfinite(at["coupled_disagreement"]).any():
+        return ""
+    growth = at["coupled_disagreement"].values
+    # an eigenvalue that did not converge is a lower bound: above 1 it decides, below it does not
+    open_ones = (
+        int((~at["coupled_converged"].values.astype(bool) & (growth <= 1)).sum()) if "coupled_converged" in at else 0
+    )
+    grows, known = int((growth > 1).sum()), int(np.isfinite(growth).sum())
+    tail = f", undecided at {open_ones}" if open_ones else ""
+    factor = f"largest factor {number(float(np.nanmax(growth)))} a step"
+    return (
+        f"yes at {grows} of {known} checkpoints ({factor}){tail}"
+        if grows
+        else f"not seen at {known} checkpoints ({factor}){tail}"
+    )
+
+
+def _smoothing(at: xr.Dataset) -> str:
+    names = at["function"].values
+    if "isotropic" not in names:
+        return ""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = (
+            at["alpha_lambda_half"].sel(function="isotropic").values
+            / at["alpha_lambda_half"].sel(function="w_a").values
+        )
+    ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
+    if not len(ratio):
+        return ""
+    words = "smoother throughout" if ratio.max() < 0.9 else "hardly smoother" if ratio.min() > 0.9 and ratio.max() < 1.1 else "not the same everywhere"  # fmt: skip
+    span = (
+        number(float(ratio[0])) if len(ratio) == 1 else f"{number(float(ratio.min()))} to {number(float(ratio.max()))}"
+    )
+    return f"{span}, {words}"
+
+
+def _verdicts(view: RunView) -> list[str]:
+    card = scorecard(view.groups)
+    if card.empty:
+        return []
+    table = run_scorecard(card).reset_index()
+    table = table[table["verdict"] != "not applicable"]
+    kinds = {"hold over the run": ("agrees", "holds"), "hold at some checkpoints only": ("mixed",), "fail": ("disagrees", "violated"), "cannot be told for their errors": ("inconclusive",)}  # fmt: skip
+    parts = [f"{int(table['verdict'].isin(v).sum())} {k}" for k, v in kinds.items() if table["verdict"].isin(v).any()]
+    if not parts:
+        return []
+    failed = table[table["verdict"].isin(kinds["fail"])]
+    named = [f"{plain(str(r['quantity']))} by {plain(str(r['prediction']))}" for r in failed.to_dict("records")]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    tail = f"; failing: {', '.join(named[:MOST_NAMED])}{more}" if named else ""
+    return [
+        f"Of {len(table)} prediction{'s' * (len(table) > 1)} and bounds for {display_name(view.label)}, checked at each checkpoint, {_join(parts)}{tail}."
+    ]
+
+
+def _percent(share: float) -> str:
+    """A share in few digits.
+
+    >>> _percent(0.123), _percent(0.0004), _percent(0.9996)
+    ('12%', '0.04%', '100.0%')
+    """
+    return f"{100 * share:.1f}%" if share > 0.995 else f"{100 * share:.2g}%"
+
+
+def _join(parts: Sequence[str]) -> str:
+    """Parts as a list in words."""
+    return " and ".join(parts) if len(parts) < 3 else f"{', '.join(parts[:-1])} and {parts[-1]}"
