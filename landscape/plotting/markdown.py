@@ -23,7 +23,12 @@ def as_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]
             lines += [f"![{_text(picture.alternative)}]({quote(folder)}/{name})", "", f"*{_text(picture.caption)}*", ""]
         return lines
 
-    lines = [f"# {_text(document.title)}", "", *(f"- {_text(s)}" for s in document.conclusions), ""]
+    lines = [
+        f"# {_text(document.title)}",
+        "",
+        *(f"- {_text(s)}".replace("\n", "\n  - ") for s in document.conclusions),
+        "",
+    ]
     lines += ["## Runs", "", *_table(document.summary)]
     for section in document.sections:
         lines += [f"## {_text(section.title)}", "", _text(section.text), ""]

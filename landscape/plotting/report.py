@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 import jinja2
 import xarray as xr
+from markupsafe import Markup, escape
 
 from landscape.plotting import tables
 from landscape.plotting.commands import reproduce_commands
@@ -22,6 +24,8 @@ from landscape.provenance import provenance
 from landscape.theory.scorecard import scorecard
 
 Form = Literal["html", "md"]
+SYMBOL = re.compile(r"(?<![\w./-])([wλαΔΣσL])_(max|[aewS0-9D])(?![\w-]|\.\w)")
+"""A symbol of theory.md and its index."""
 NEUTRAL = "No conclusions were drawn for this report: the figures and tables below say what was measured."
 
 
@@ -104,7 +108,17 @@ def as_html(document: Document) -> str:
     """The document as one HTML page that loads nothing."""
     source = resources.files("landscape.plotting").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters["subscripts"] = _subscripts
     return environment.from_string(source).render(**vars(document), verdicts=tables.VERDICTS)
+
+
+def _subscripts(text: str) -> Markup:
+    """Text in which w_a, α_e and the like have subscripts; names of settings and files keep their underscores.
+
+    >>> print(_subscripts("w_a < λ_max, num_draws, a_b.py, L(w_a)"))
+    w<sub>a</sub> &lt; λ<sub>max</sub>, num_draws, a_b.py, L(w<sub>a</sub>)
+    """
+    return Markup(SYMBOL.sub(r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def _replace(path: Path, content: bytes) -> None:

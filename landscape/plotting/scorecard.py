@@ -111,5 +111,5 @@ def ratio_with_half_width(row: dict[str, float]) -> tuple[float, float]:
 
 
 def _point(ax: Axes, x: list[float], y: list[float], look: Look, verdict: str, label: str | None) -> None:
-    ax.plot(x, y, linestyle="none", marker=look.marker, markersize=4, color=look.colour, gid=verdict, label=label, zorder=3,
+    ax.plot(x, y, linestyle="none", marker=look.marker, markersize=4.5, color=look.colour, gid=verdict, label=label, zorder=3, markeredgewidth=0.7,
             markerfacecolor="white" if verdict == "inconclusive" else look.colour)  # fmt: skip

@@ -105,10 +105,24 @@ def smoothness_bounds(view: RunView, ax: Axes | None = None) -> Axes:
 
 
 @style()
-def difference_plateau(view: RunView, kernel: str = "learners", ax: Axes | None = None) -> Axes:
-    """Whether the curvature hangs on the step of the finite differences: a flat line says that it does not."""
+def difference_plateau(view: RunView, kernel: str | None = None, ax: Axes | None = None) -> Axes:
+    """Whether the curvature hangs on the step of the finite differences: a flat line says that it does not.
+
+    Args:
+        view: a run.
+        kernel: by default the learners' own, or the first that was measured where that was not.
+        ax: where to draw.
+    """
     ax = axes_or_new(ax)
-    part = view.group("smoothing").sel(kernel=kernel)
+    at = view.group("smoothing")
+    if kernel is None:
+        measured = [
+            k
+            for k in KERNEL_NAMES
+            if k in at["kernel"].values and np.isfinite(at["plateau_values"].sel(kernel=k)).any()
+        ]
+        kernel = measured[-1] if measured else "learners"
+    part = at.sel(kernel=kernel)
     shades = np.linspace(0.15, 0.8, part.sizes["step"])
     for (step, at), shade in zip(part.groupby("step"), shades, strict=True):
         ax.plot(at["plateau_steps"].values.ravel(), at["plateau_values"].values.ravel(), marker="o", color=str(1 - shade),

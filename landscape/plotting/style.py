@@ -233,7 +233,7 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
 class _PlainLog(LogFormatterSciNotation):
     def __call__(self, x: float, pos: int | None = None) -> str:
         text = super().__call__(x, pos)
-        return f"{x:g}" if text and 0.009 < x < 1e4 else text
+        return f"{x:g}" if text and 0.0009 < x < 1e4 else text
 
 
 def band_at_top(ax: Axes, rows: int, text: str) -> list[float]:

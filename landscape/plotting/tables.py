@@ -265,7 +265,7 @@ PLAIN = {
     "covariance": "covariance kernel",
     "second-order-autodiff": "second order, autodiff (no kinks)",
     "second-order": "second order",
-    "alpha": "α", "lambda": "λ", "Delta": "Δ", "Sigma": "Σ", "^2": "²",
+    "L~": "the smoothed L", "alpha": "α", "lambda": "λ", "Delta": "Δ", "Sigma": "Σ", "^2": "²",
 }  # fmt: skip
 
 

@@ -34,7 +34,8 @@ def summarise(views: Sequence[RunView]) -> list[str]:
         how each run ended; what that does not show; then of the runs that were measured the effective learning rate, the noise, whether the landscape
         is too steep for the rate, what smoothing does to it, and how the predictions fared; and what was not measured or merely assumed.
     """
-    said = [f"{display_name(v.label)} {_ended(v)}." for v in views]
+    ended = [f"{display_name(v.label)} {_ended(v)}." for v in views]
+    said = ended if len(ended) == 1 else ["\n".join(["How the runs ended:", *ended])]
     said += _caution(views)
     said += _topic(
         views,
@@ -48,8 +49,10 @@ def summarise(views: Sequence[RunView]) -> list[str]:
     )
     said += _topic(views, "stability", "Does disagreement between the learners feed itself?", _growth)
     said += _topic([v for v in views if "smoothing" in v.groups], "stability", "Largest curvature after smoothing with the paper's isotropic kernel, over that without", _smoothing)  # fmt: skip
-    for view in views:
-        said += _verdicts(view)
+    fared = [f"{display_name(v.label)}: {words}." for v in views if (words := _verdicts(v))]
+    if fared:
+        title = f"How the predictions fared over the checkpoints, within {TOLERANCE:.0%}:"
+        said.append(f"{title} {fared[0]}" if len(fared) == 1 else "\n".join([title, *fared]))
     bare = [v for v in views if not v.groups]
     if bare:
         names = _join([display_name(v.label) for v in bare])
@@ -95,9 +98,9 @@ def _ended(view: RunView) -> str:
 def _caution(views: Sequence[RunView]) -> list[str]:
     """What a comparison of these runs does not show."""
     said = []
-    outcomes = {v.variant: v.run.record.get("outcome", {}).get("outcome") for v in views}
-    if len(outcomes) > 1 and len(set(outcomes.values())) > 1:
-        said.append("One run of each algorithm does not show by itself that one converges more often than another; landscape sweep and landscape reproduce count over seeds.")  # fmt: skip
+    outcomes = {v.run.record.get("outcome", {}).get("outcome") for v in views}
+    if len({v.variant for v in views}) > 1 and len(outcomes) > 1:
+        said.append("So few runs do not show that one algorithm converges more often than another; landscape sweep and landscape reproduce count over seeds.")  # fmt: skip
     names = {
         "task": "task",
         "learning_rate": "learning rate",
@@ -116,38 +119,39 @@ def _caution(views: Sequence[RunView]) -> list[str]:
 
 
 def _topic(views: Sequence[RunView], measure: str, text: str, tell: Callable[[xr.Dataset], str]) -> list[str]:
-    """One sentence on a measure, with what `tell` says of each run that has it."""
+    """One sentence on a measure, with what `tell` says of each run that has it; of several runs on a line each."""
     told = [(v, tell(v.groups[measure])) for v in views if measure in v.groups and v.groups[measure].sizes["step"]]
     told = [(v, words) for v, words in told if words]
     if not told:
         return []
     end = "" if text.endswith("?") else ":"
-    return [f"{text}{end} " + "; ".join(f"{display_name(v.label)} {words}" for v, words in told) + "."]
+    lines = [f"{display_name(v.label)}: {words}." for v, words in told]
+    return [f"{text}{end} {lines[0]}" if len(lines) == 1 else "\n".join([f"{text}{end}", *lines])]
 
 
 def _rate(at: xr.Dataset) -> str:
-    steps, means, errors = (
-        at["step"].values,
-        at["alpha_e_ratio_mean"].values,
-        np.nan_to_num(at["alpha_e_ratio_stderr"].values),
-    )
+    steps, means, errors = (at[k].values for k in ("step", "alpha_e_ratio_mean", "alpha_e_ratio_stderr"))
+    if not np.isfinite(means).any():
+        return ""
     z = float(norm.ppf(1 - FAMILY_ERROR / 2 / len(steps)))
+    half = z * np.where(np.isfinite(errors), errors, np.inf)  # of one draw nothing is certain
     lowest = int(np.nanargmin(means))
-    lowered, raised = means + z * errors < 1, means - z * errors > 1
-    ends = np.abs(means[-1] - 1) + z * errors[-1] < TOLERANCE
+    lowered, raised = means + half < 1, means - half > 1
     low = f"{with_error(float(means[lowest]), float(errors[lowest]))} at step {steps[lowest]}"
     if len(steps) == 1:
-        words = "lowered" if lowered[0] else "raised" if raised[0] else "not told from 1"
-        return f"{low}, {words}"
-    counts = f"{int(lowered.sum())} of {len(steps)} checkpoints"
+        return f"{low}, {'lowered' if lowered[0] else 'raised' if raised[0] else 'not to be told from 1'}"
     if not lowered.any():
         above = f", and above it at {int(raised.sum())}" if raised.any() else ""
         return f"nowhere clearly below 1 (lowest {low}){above}"
-    last = with_error(float(means[-1]), float(errors[-1]))
+    said = f"below 1 at {int(lowered.sum())} of {len(steps)} checkpoints"
+    if means[lowest] - half[lowest] > 1 - TOLERANCE:
+        return f"{said}, never by more than {TOLERANCE:.0%} (lowest {low})"
+    uphill = ", a step against the gradient" if means[lowest] + half[lowest] < 0 else ""
     if lowest == len(steps) - 1:
-        return f"below 1 at {counts}, lowest at the last, {low}"
-    back = f"within {TOLERANCE:.0%} of 1 again" if ends else "not back"
-    return f"below 1 at {counts}, lowest {low}, and at the last checkpoint {last}: {back}"
+        return f"{said}, lowest at the last, {low}{uphill}"
+    last = with_error(float(means[-1]), float(errors[-1]))
+    back = f"back within {TOLERANCE:.0%} of 1" if abs(means[-1] - 1) + half[-1] < TOLERANCE else "not surely back"
+    return f"{said}, lowest {low}{uphill}; {back} at the last, {last}"
 
 
 def _noise(at: xr.Dataset) -> str:
@@ -158,7 +162,7 @@ def _noise(at: xr.Dataset) -> str:
     if not found.any():
         return ""
     if not (share[found] > 0).any():
-        return "has none"
+        return "none"
     steps, most = at["step"].values, int(np.nanargmax(share))
     if found.sum() == 1:
         return f"{_percent(float(share[most]))} at step {steps[most]}"
@@ -213,23 +217,29 @@ def _smoothing(at: xr.Dataset) -> str:
     return f"{span}, {words}"
 
 
-def _verdicts(view: RunView) -> list[str]:
+def _verdicts(view: RunView) -> str:
+    """How many predictions of a run held, and which failed."""
     card = scorecard(view.groups)
-    if card.empty:
-        return []
-    table = run_scorecard(card).reset_index()
+    table = run_scorecard(card).reset_index() if len(card) else card
     table = table[table["verdict"] != "not applicable"]
-    kinds = {"hold over the run": ("agrees", "holds"), "hold at some checkpoints only": ("mixed",), "fail": ("disagrees", "violated"), "cannot be told for their errors": ("inconclusive",)}  # fmt: skip
-    parts = [f"{int(table['verdict'].isin(v).sum())} {k}" for k, v in kinds.items() if table["verdict"].isin(v).any()]
-    if not parts:
-        return []
-    failed = table[table["verdict"].isin(kinds["fail"])]
-    named = [f"{plain(str(r['quantity']))} by {plain(str(r['prediction']))}" for r in failed.to_dict("records")]
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    tail = f"; failing: {', '.join(named[:MOST_NAMED])}{more}" if named else ""
-    return [
-        f"Of {len(table)} prediction{'s' * (len(table) > 1)} and bounds for {display_name(view.label)}, checked at each checkpoint, {_join(parts)}{tail}."
-    ]
+    if table.empty:
+        return ""
+    bounds = table["prediction"].str.startswith(("bound", "stable"))
+    parts = []
+    for part, what in ((table[~bounds], "prediction"), (table[bounds], "bound or limit")):
+        if part.empty:
+            continue
+        held, failed = part["verdict"].isin(["agrees", "holds"]), part["verdict"].isin(["disagrees", "violated"])
+        word = what if len(part) == 1 else {"prediction": "predictions", "bound or limit": "bounds and limits"}[what]
+        text = f"{int(held.sum())} of {len(part)} {word} {'hold' if held.sum() != 1 else 'holds'}"
+        others = {"at some checkpoints only": part["verdict"] == "mixed", "not to be told for the errors": part["verdict"] == "inconclusive"}  # fmt: skip
+        text += "".join(f", {int(which.sum())} {k}" for k, which in others.items() if which.any())
+        named = [f"{plain(str(r['quantity']))} by {plain(str(r['prediction']))}" if what == "prediction" else plain(str(r["quantity"])) for r in part[failed].to_dict("records")]  # fmt: skip
+        if named:
+            more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+            text += f", {len(named)} fail{'s' * (len(named) == 1)} ({', '.join(named[:MOST_NAMED])}{more})"
+        parts.append(text)
+    return "; ".join(parts)
 
 
 def _percent(share: float) -> str:
