@@ -29,7 +29,7 @@ def reproduce_commands(views: Sequence[RunView], report: str = "report.html") ->
         report: name of the report.
     """
     said = _versions(views)
-    for view in views:
+    for view in sorted(views, key=lambda v: isinstance(v.run.config.sigma0, str)):  # what follows a run needs that run
         said += ["", f"# {view.label}", *_made(view), *_measured(view)]
     names = " ".join(_directory(v) for v in views)
     return "\n".join([*said, "", _wrapped(["landscape report", names, f"--out {shlex.quote(report)}"])])
