@@ -80,8 +80,9 @@ def test_train_measure_report_inspect(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "nothing to do" in capsys.readouterr().out
     assert run([*SHORT, "--out", path, "--resume", "--seed", "3"]) == 2
     assert "seed: 0 in the run, 3 now" in capsys.readouterr().err
-    assert run(["report", path, "--out", str(tmp_path / "report.html")]) == 2
-    assert "run landscape measure on it first" in capsys.readouterr().err
+    assert run(["report", path]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "run" / "report.html"
+    assert "DPSGD was not measured" in (tmp_path / "run" / "report.html").read_text()
     assert (
         run(
             [
@@ -102,7 +103,10 @@ def test_train_measure_report_inspect(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert "E alpha_e / alpha" in capsys.readouterr().out
     assert run(["report", path, "--out", str(tmp_path / "report.html")]) == 0
-    assert "alpha" in (tmp_path / "report.html").read_text()
+    assert "Effective over nominal learning rate" in (tmp_path / "report.html").read_text()
+    assert run(["report", path, "--out", str(tmp_path / "words.md")]) == 0
+    assert (tmp_path / "words.md").read_text().startswith("# Landscape report: mnist-mlp")
+    assert (tmp_path / "words-figures" / "rate-1.svg").is_file()
     capsys.readouterr()
     assert run(["inspect", path]) == 0
     assert "4 learners x 20" in capsys.readouterr().out

@@ -31,14 +31,18 @@ def made_view(
     path = folder / (label or settings.algorithm)
     path.mkdir(parents=True, exist_ok=True)
     if log is None:
-        log = [{"step": s, "train_loss": 2.3 / (s + 1), "test_accuracy": 0.5, "sigma_w": 0.1} for s in range(0, 101, 10)]
+        log = [
+            {"step": s, "train_loss": 2.3 / (s + 1), "test_accuracy": 0.5, "sigma_w": 0.1} for s in range(0, 101, 10)
+        ]
     if log:
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     view = RunView("", Run(path, content | (record or {})), groups or {})
     return RunView(label or view.variant, view.run, view.groups)
 
 
-def rates(means: list[float], stderr: float | list[float] = 0.01, prediction: float = 1.0, first: int = 0) -> xr.Dataset:
+def rates(
+    means: list[float], stderr: float | list[float] = 0.01, prediction: float = 1.0, first: int = 0
+) -> xr.Dataset:
     """Effective learning rates at steps FIRST, FIRST + 10, ..., with one prediction, "exact"."""
     errors = np.broadcast_to(np.asarray(stderr, dtype=float), (len(means),))
     predicted = np.full((len(means), 1), prediction)
@@ -50,7 +54,9 @@ def rates(means: list[float], stderr: float | list[float] = 0.01, prediction: fl
     )  # fmt: skip
 
 
-def steepness(at_average: list[float], isotropic: list[float], growth: list[float] | None = None, *, converged: bool = True) -> xr.Dataset:
+def steepness(
+    at_average: list[float], isotropic: list[float], growth: list[float] | None = None, *, converged: bool = True
+) -> xr.Dataset:
     """alpha lambda_max/2 at w_a and smoothed, limit 1, and the growth of the disagreement."""
     both = np.stack([at_average, isotropic], 1)
     found = xr.Dataset(

@@ -46,7 +46,9 @@ def test_the_commands_to_measure_give_measures_steps_and_settings_back(tmp_path:
     from landscape.cli.runs import Measure
 
     other = rates([1.0], first=20)
-    other.attrs["settings"] = json.dumps({"data": "0123abcd", "num_draws": 8, "memory_gb": 0.5, "num_examples": 100, "seed": 3})
+    other.attrs["settings"] = json.dumps(
+        {"data": "0123abcd", "num_draws": 8, "memory_gb": 0.5, "num_examples": 100, "seed": 3}
+    )
     groups = {"effective-learning-rate": rates([1.0, 1.0]), "stability": steepness([1, 1], [1, 1]), "noise": other}
     first, second = (read(c, Measure) for c in measure_commands(made_view(tmp_path, "a run", groups=groups)))
     assert first.measures == ("effective-learning-rate", "stability")
@@ -54,7 +56,12 @@ def test_the_commands_to_measure_give_measures_steps_and_settings_back(tmp_path:
     assert (first.config.num_draws, first.config.seed, first.config.num_examples) == (24, 0, None)
     assert first.run_directory == Path("a run")
     assert (second.measures, second.steps) == (("noise",), (20,))
-    assert (second.config.num_draws, second.config.seed, second.config.num_examples, second.config.memory_gb) == (8, 3, 100, 0.5)
+    assert (second.config.num_draws, second.config.seed, second.config.num_examples, second.config.memory_gb) == (
+        8,
+        3,
+        100,
+        0.5,
+    )
 
 
 def test_runs_that_others_match_come_first_and_versions_once(tmp_path: Path) -> None:

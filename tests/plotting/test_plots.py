@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from landscape.plotting import alignment, dynamics, maps, noise, smoothing, stability
-from landscape.plotting.style import LOOKS, looks, new_figure, save, style
+from landscape.plotting import alignment, dynamics, maps, noise, smoothing, spectra, stability
+from landscape.plotting.style import LOOKS, WIDTHS, looks, new_figure, save, style
 from landscape.plotting.view import RunView, distinct, load_view
 from landscape.statistics import Z95, wilson_interval
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OF_ONE = [dynamics.effective_learning_rate, dynamics.one_step_ledger, noise.noise_split, smoothing.kink_part,
           smoothing.smoothness_bounds, smoothing.difference_plateau, stability.stability_margin,
           alignment.noise_law, alignment.layer_exponents, alignment.disagreement_modes, alignment.rate_by_layer,
-          alignment.step_noise_spectra]  # fmt: skip
+          alignment.step_noise_spectra, spectra.top_eigenvalues]  # fmt: skip
 OF_MANY = [dynamics.training_loss, dynamics.held_out_accuracy, dynamics.weight_variance, noise.systematic_share, stability.coupled_growth]  # fmt: skip
 OF_MAPS = [maps.convergence_probability, maps.outcome_map, maps.threshold_sensitivity, maps.time_to_threshold]
 
@@ -219,11 +219,12 @@ def test_edge_is_not_taken_from_cells_that_were_not_run(mapped: xr.Dataset) -> N
     assert np.isfinite(maps.edge_of(mapped, "dpsgd")[0])
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("draw", [*OF_ONE, *OF_MANY, *OF_MAPS], ids=lambda f: f.__name__)
 def test_every_figure_is_labelled_and_its_legend_inside_the_page(
-    draw, views: list[RunView], dpsgd: RunView, mapped: xr.Dataset
+    draw, width: str, views: list[RunView], dpsgd: RunView, mapped: xr.Dataset
 ) -> None:
-    figure = new_figure()
+    figure = new_figure(width)
     with style():
         ax = draw(dpsgd if draw in OF_ONE else views if draw in OF_MANY else mapped, ax=figure.subplots())
         figure.draw_without_rendering()

@@ -64,7 +64,9 @@ Z = 2.5758  # of 0.05 shared among five checkpoints, both sides
     ],
 )  # fmt: skip
 def test_the_effective_learning_rate(tmp_path: Path, means: list[float], stderr: float, words: str) -> None:
-    assert words in said(made_view(tmp_path, groups={"effective-learning-rate": rates([float(m) for m in means], stderr)}))
+    assert words in said(
+        made_view(tmp_path, groups={"effective-learning-rate": rates([float(m) for m in means], stderr)})
+    )
 
 
 def test_a_rate_that_is_not_lowered_is_rarely_called_so() -> None:
@@ -121,7 +123,9 @@ def test_predictions_are_counted_and_those_that_fail_are_named(tmp_path: Path) -
 
 def test_several_runs_have_a_line_each_and_a_caution(tmp_path: Path) -> None:
     one = made_view(tmp_path, groups={"effective-learning-rate": rates([0.5, 1.0])})
-    other = made_view(tmp_path, algorithm="ssgd", outcome={"outcome": "stuck", "median_last_train_loss": 2.4}, learning_rate=1.0)
+    other = made_view(
+        tmp_path, algorithm="ssgd", outcome={"outcome": "stuck", "median_last_train_loss": 2.4}, learning_rate=1.0
+    )
     first, *rest = summarise([one, other])
     assert first.splitlines()[0] == "How the runs ended:"
     assert [line.split()[0] for line in first.splitlines()[1:]] == ["DPSGD", "SSGD"]
