@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from landscape.display import Displayed, Row, Shown, sparkline
 from landscape.functional import Buffers, ParameterLayout
 
 NEEDS_RECALIBRATION = "averaged over the learners: measure them anew at these weights (Objective.recalibrated)"
 """What facts["batch_norm"] says of statistics that are no network's own."""
 
 
-@dataclass(frozen=True)
-class Learners:
+@dataclass(frozen=True, repr=False)
+class Learners(Displayed):
     """The learners of one checkpoint.
 
     Attributes:
@@ -109,6 +111,38 @@ class Learners:
     def is_finite(self) -> bool:
         """Whether every weight is finite."""
         return bool(torch.isfinite(self.weights).all())
+
+    def shown(self) -> Shown:
+        """How many, how large, and how far apart."""
+        n, d = self.weights.shape
+        kept = [
+            name
+            for name, there in (("momentum", self.momentum is not None), *((m, True) for m in self.moments))
+            if there
+        ]
+        distances = self.deviations.double().norm(dim=1).cpu().numpy()
+        rows: list[Row] = [
+            ("step", self.step, ""),
+            ("learners", n, ""),
+            ("parameters", d, ""),
+            ("|w_a|", float(self.mean.double().norm()), "weights"),
+            ("consensus distance", self.consensus_distance, "weights"),
+            ("sigma_w", math.sqrt(self.weight_variance), "weights"),
+            *(
+                (name.replace("_", " "), value, "")
+                for name, value in self.facts.items()
+                if isinstance(value, str | int | float)
+            ),
+        ]
+        rows += [("kept of the optimiser", ", ".join(kept), "")] if kept else []
+        rows += (
+            [("read from", f"{self.origin['format']} ({self.origin['kind']})", "")]
+            if {"format", "kind"} <= set(self.origin)
+            else []
+        )
+        notes = [] if self.is_finite else ["some weights are not finite"]
+        notes += [str(sentence) for sentence in (*self.origin.get("reasons", ()), *self.origin.get("notes", ()))]
+        return Shown("Learners", rows, notes, sparkline(distances, "distance of each learner from their mean", bars=True) if n <= 64 else "")  # fmt: skip
 
     def __repr__(self) -> str:
         n, d = self.weights.shape

@@ -25,12 +25,25 @@ from landscape.checkpoints.format import (
 )
 from landscape.checkpoints.importers import run_format
 from landscape.checkpoints.learners import Learners
-from landscape.training.config import TrainConfig
+from landscape.display import Displayed, Row, Shown, sparkline, text
+from landscape.training.config import GOSSIPING, TrainConfig
 from landscape.training.state import LearnerState
 
+SHOWN_FIELDS = (
+    "algorithm",
+    "order",
+    "topology",
+    "learning_rate",
+    "num_learners",
+    "local_batch_size",
+    "num_steps",
+    "seed",
+)
+"""Of the configuration, in Jupyter."""
 
-@dataclass(frozen=True)
-class Run:
+
+@dataclass(frozen=True, repr=False)
+class Run(Displayed):
     """A run directory.
 
     Attributes:
@@ -93,25 +106,25 @@ class Run:
             f"num_learners={c.num_learners}, status={self.status!r}, checkpoints={len(self.steps)})"
         )
 
-    def _repr_html_(self) -> str:
-        keep = (
-            "algorithm",
-            "order",
-            "topology",
-            "learning_rate",
-            "num_learners",
-            "local_batch_size",
-            "num_steps",
-            "seed",
-        )
-        rows = {
-            "task": self.task,
-            "status": self.status,
-            **{k: self.record["config"][k] for k in keep},
-            "checkpoints": len(self.steps),
-        }
-        body = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{v}</td></tr>" for k, v in rows.items())
-        return f"<table><caption>{self.path}</caption>{body}</table>"
+    def shown(self) -> Shown:
+        """What was trained and how it went; a path that is not relative is cut to its last part."""
+        config = dict(self.record.get("config", {}))
+        if "topology" in config:  # one that was given as a graph or matrix has its own name
+            config["topology"] = (self.record.get("topology") or {}).get("name", config["topology"])
+        if config.get("algorithm") not in GOSSIPING:
+            config.pop("topology", None)
+        if config.get("algorithm") != "dpsgd":
+            config.pop("order", None)
+        metrics = self.metrics
+        losses = metrics["train_loss"] if "train_loss" in metrics else pd.Series(dtype=float)
+        rows: list[Row] = [("task", self.task or None, ""), ("status", self.status, "")]
+        rows += [(name.replace("_", " "), config[name], "") for name in SHOWN_FIELDS if name in config]
+        rows += [("checkpoints", f"{len(self.steps)} (steps {text(self.steps)})" if self.steps else 0, "")]
+        rows += [("last training loss", float(losses.iloc[-1]), "nats")] if len(losses) else []
+        assumed = self.record.get("assumed", [])
+        notes = [f"assumed, not recorded: {', '.join(assumed)}"] if assumed else []
+        picture = sparkline(losses.to_numpy(), f"training loss of w_a, steps {metrics['step'].iloc[0]} to {metrics['step'].iloc[-1]}") if len(losses) else ""  # fmt: skip
+        return Shown(f"Run {self.path.name if self.path.is_absolute() else self.path}", rows, notes, picture)
 
 
 def open_run(path: str | Path) -> Run:

@@ -27,6 +27,7 @@ from landscape.curvature.lanczos import Eigenpairs
 from landscape.curvature.operators import Backend, SymmetricOperator
 from landscape.curvature.products import free_memory
 from landscape.curvature.vectors import multiply_rows, norms, orthogonalise, probes
+from landscape.display import Displayed, Shown, sparkline
 from landscape.statistics import Estimate, estimate
 
 Axis = Literal["linear", "symlog"]
@@ -35,8 +36,8 @@ MARGIN = 5
 """Kernel widths between the outermost eigenvalues and the limits of the grid: 3e-7 of a kernel's mass lies beyond."""
 
 
-@dataclass(frozen=True)
-class SpectralDensity:
+@dataclass(frozen=True, repr=False)
+class SpectralDensity(Displayed):
     r"""The eigenvalues of an operator as weighted atoms, one set a probe, and their smooth density.
 
     $$\phi(c) = \frac{1}{d} \sum_{i=1}^{k} g_\sigma(c - z(\lambda_i))
@@ -134,6 +135,25 @@ class SpectralDensity:
             [self.weights[used] / len(self.weights), np.full(len(self.outliers), 1 / self.dimension)]
         )
         return float(wasserstein_distance(atoms, np.asarray(eigenvalues), masses))
+
+    def shown(self) -> Shown:
+        """Extent, mean and negative share of the eigenvalues, and the density on a logarithmic axis."""
+        low, high = self._extent
+        known = np.maximum(self.density, 1e-6 * self.density.max())
+        return Shown(
+            "SpectralDensity",
+            [
+                ("eigenvalues", self.dimension, ""),
+                ("smallest", low, ""),
+                ("largest", high, ""),
+                ("mean", self.moment(1), ""),
+                ("share at or below 0", self.cumulative(0.0), ""),
+                ("outliers taken out", len(self.outliers), ""),
+                ("products", self.num_matvecs, ""),
+            ],
+            ["errors: over probes; .grid, .density, .stderr hold the curve"],
+            sparkline(known, f"density over six decades, eigenvalues {self.grid[0]:.3g} to {self.grid[-1]:.3g}", logarithmic=True),
+        )  # fmt: skip
 
     def to_xarray(self) -> xr.Dataset:
         """Density and error over point, nodes and weights over probe and step, outliers over outlier_index."""

@@ -15,12 +15,15 @@ from torch import Tensor
 from landscape.curvature.operators import Backend, SymmetricOperator
 from landscape.curvature.ritz import RitzSpace
 from landscape.curvature.vectors import norms
+from landscape.display import Displayed, Shown, grid, sparkline
 
 Which = Literal["LA", "SA", "LM", "BE"]
+LISTED = 12
+"""Eigenvalues listed in Jupyter."""
 
 
-@dataclass(frozen=True)
-class Eigenpairs:
+@dataclass(frozen=True, repr=False)
+class Eigenpairs(Displayed):
     """Approximate eigenpairs of a symmetric operator.
 
     Attributes:
@@ -57,6 +60,33 @@ class Eigenpairs:
             },
             attrs={**plain, "num_matvecs": self.num_matvecs, "seed": self.seed, "missed": self.missed},
         )
+
+    def shown(self) -> Shown:
+        """The values, and whether they can be trusted."""
+        relative = np.abs(self.residuals) / np.maximum(np.abs(self.values), np.finfo(np.float64).tiny)
+        return Shown(
+            "Eigenpairs",
+            [
+                ("eigenvalues", self.values, ""),
+                ("largest relative residual", float(relative.max(initial=0.0)), ""),
+                ("converged", f"{int(self.converged.sum())} of {len(self.values)}", ""),
+                ("missed", f"<= {self.missed:.2g}", ""),
+                ("products", self.num_matvecs, ""),
+            ],
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (i + 1, float(value), float(residual), bool(converged))
+            for i, (value, residual, converged) in enumerate(
+                zip(self.values, self.residuals, self.converged, strict=True)
+            )
+        ]
+        notes = [f"{self.num_matvecs} products; another one was missed with probability at most {self.missed:.2g}"]
+        if len(rows) > LISTED:
+            notes.insert(0, f"{len(rows) - LISTED} more in .values")
+        return grid("Eigenpairs", ("", "eigenvalue", "residual", "converged"), rows[:LISTED], notes=notes,
+                    picture=sparkline(self.values, "eigenvalues", bars=True))  # fmt: skip
 
     def __str__(self) -> str:
         """A table, and what it cost."""

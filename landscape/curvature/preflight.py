@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from landscape import streams
 from landscape.curvature.products import room
 from landscape.data.dataset import move, num_examples
+from landscape.display import Displayed, Shown
 from landscape.functional import clone_buffers
 from landscape.objective import Objective, Weights
 
 
-@dataclass(frozen=True)
-class Preflight:
+@dataclass(frozen=True, repr=False)
+class Preflight(Displayed):
     """What a trial of second derivatives on a few examples, and of their cost on one batch, found.
 
     Attributes:
@@ -51,6 +52,20 @@ class Preflight:
     def seconds(self, num_products: int) -> float:
         """Predicted time of an algorithm that takes so many products."""
         return self.seconds_to_linearise + num_products * self.seconds_per_product
+
+    def shown(self) -> Shown:
+        """Whether all is well, and what it will cost."""
+        return Shown(
+            "Preflight",
+            [
+                ("problems", len(self.problems), ""),
+                ("gradient over all data", self.seconds_per_gradient, "s"),
+                ("Hessian-vector product", self.seconds_per_product, "s"),
+                ("graphs, once", self.seconds_to_linearise, "s"),
+                ("memory", self.peak_bytes / 2**20, "MiB"),
+            ],
+            [*(f"problem: {p}" for p in self.problems), *(f"note: {n}" for n in self.notes)],
+        )
 
     def __str__(self) -> str:
         lines = [f"problem: {p}" for p in self.problems] + [f"note: {n}" for n in self.notes]

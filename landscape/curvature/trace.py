@@ -23,6 +23,7 @@ from torch import Tensor
 from landscape.curvature.operators import Backend, SymmetricOperator
 from landscape.curvature.samplers import DiagonalSampler, HutchinsonSampler, Sampler, squares_of, steps
 from landscape.curvature.xtrace import XTraceSampler
+from landscape.display import Displayed, Row, Shown
 from landscape.statistics import Estimate, estimate
 
 Method = Literal["hutchinson", "xtrace"]
@@ -34,8 +35,8 @@ BLOCK_ENTRIES = 1 << 26
 """Entries of the blocks multiplied at once, by default: 256 MiB of float32."""
 
 
-@dataclass(frozen=True)
-class TraceEstimate:
+@dataclass(frozen=True, repr=False)
+class TraceEstimate(Displayed):
     """A number estimated from random probes.
 
     Attributes:
@@ -60,6 +61,13 @@ class TraceEstimate:
     quantity: str = "trace"
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def shown(self) -> Shown:
+        """The number with its error, and what it cost."""
+        rows: list[Row] = [(self.quantity, Estimate(self.value, self.stderr), ""), ("method", self.method, "")]
+        rows += [("probes", self.num_probes, "")] if self.num_probes else []
+        rows += [("products", self.num_matvecs, "")]
+        return Shown("TraceEstimate", rows, [] if self.converged else ["the error asked for was not reached"])
+
     def __str__(self) -> str:
         how = f"{self.method}, {self.num_probes} probes" if self.num_probes else self.method
         missed = "" if self.converged else ", target missed"
@@ -75,8 +83,8 @@ class TraceEstimate:
         return xr.Dataset(variables, attrs={**_counts(self), "method": self.method})
 
 
-@dataclass(frozen=True)
-class DiagonalEstimate:
+@dataclass(frozen=True, repr=False)
+class DiagonalEstimate(Displayed):
     """The diagonal of an operator.
 
     Attributes:
@@ -96,6 +104,19 @@ class DiagonalEstimate:
     num_probes: int
     seed: int
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def shown(self) -> Shown:
+        """Size, extremes and sum, and what it cost."""
+        value = self.value.cpu()
+        rows: list[Row] = [
+            ("entries", len(value), ""),
+            ("sum", float(value.sum()), ""),
+            ("smallest", float(value.min()), ""),
+            ("largest", float(value.max()), ""),
+            ("median standard error", float(self.stderr.cpu().median()), ""),
+            ("products", self.num_matvecs, ""),
+        ]
+        return Shown("DiagonalEstimate", rows, [] if self.converged else ["the error asked for was not reached"])
 
     def to_xarray(self) -> xr.Dataset:
         """Values and errors over parameter."""

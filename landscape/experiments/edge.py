@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
+from landscape.display import Displayed, Shown, number
 from landscape.experiments.sweep import stability_map
 from landscape.experiments.variants import Variant
 from landscape.results import save_dataset, stamp
 from landscape.statistics import Z95, Estimate, agreement, bound_verdict, ratio
 from landscape.tasks import Task, get_task
 from landscape.theory.edges import convergence, edge_bracket, edge_interval, stability_edge
-from landscape.theory.scorecard import COLUMNS, TOLERANCE
+from landscape.theory.scorecard import COLUMNS, TOLERANCE, Scorecard
 from landscape.theory.stability import learning_rate_thresholds
 from landscape.training.config import TrainConfig
 from landscape.training.topology import topology as make_topology
 
 
-@dataclass(frozen=True)
-class Edge:
+@dataclass(frozen=True, repr=False)
+class Edge(Displayed):
     """Where a variant stops converging.
 
     Attributes:
@@ -44,6 +44,19 @@ class Edge:
     high: float
     bracket: tuple[float, float]
     table: xr.Dataset
+
+    def shown(self) -> Shown:
+        """The edge with its interval."""
+        return Shown(
+            "Edge",
+            [
+                ("variant", self.variant, ""),
+                ("learning rate where half converge", self.edge, ""),
+                ("95% interval", f"{number(self.low)} to {number(self.high)}", ""),
+                ("bracket", f"{number(self.bracket[0])} to {number(self.bracket[1])}", ""),
+                ("rates tried", int(self.table.sizes["learning_rate"]), ""),
+            ],
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """Labelled, over learning_rate."""
@@ -139,7 +152,7 @@ def edge_scorecard(
     *,
     step: int = 0,
     tolerance: float = TOLERANCE,
-) -> pd.DataFrame:
+) -> Scorecard:
     """A measured edge beside its predictions, thresholds on alpha lambda over lambda_max (theory.md sec. 5 and 6).
 
     Args:
@@ -176,4 +189,4 @@ def edge_scorecard(
             "z": (measured.value - predicted.value) / error if binding and error > 0 else math.nan,
         }  # fmt: skip
         rows.append({column: row[column] for column in COLUMNS})
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return Scorecard(rows, columns=COLUMNS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from landscape import streams
 from landscape.data.dataset import BatchList
+from landscape.display import Displayed, Shown
 from landscape.noise.gram import Grouping, example_gram
 from landscape.noise.projections import example_combinations, example_projections
 from landscape.noise.rows_covariance import ReplicaCovariance as ReplicaCovariance
@@ -26,8 +28,8 @@ Centre = Literal["mean", "gradient"] | Tensor
 """What gradients are taken from: their own mean, the exact g (computed), or a given g."""
 
 
-@dataclass(frozen=True)
-class CovarianceSummary:
+@dataclass(frozen=True, repr=False)
+class CovarianceSummary(Displayed):
     """C over the whole data set, centred at the exact g and divided by the count: no sampling error.
 
     Attributes:
@@ -41,6 +43,18 @@ class CovarianceSummary:
     along: np.ndarray
     gradient_norm_squared: float
     num_examples: int
+
+    def shown(self) -> Shown:
+        """All of it; there are no errors."""
+        return Shown(
+            "CovarianceSummary",
+            [
+                ("Tr C", self.trace, "gradient^2"),
+                ("|g|^2", self.gradient_norm_squared, "gradient^2"),
+                ("noise scale", self.noise_scale if self.gradient_norm_squared > 0 else math.nan, "examples"),
+                ("examples", self.num_examples, ""),
+            ],
+        )
 
     @property
     def noise_scale(self) -> float:

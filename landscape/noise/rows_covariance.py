@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from landscape.display import Displayed, Shown
 from landscape.noise.gram import Grouping
 from landscape.noise.products import add_products, mirror
 from landscape.noise.spectrum import BlockSpectrum, CovarianceSpectrum, block_spectrum, collect
@@ -135,8 +136,8 @@ def leading_eigenvectors(
 # Replicas --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ReplicaCovariance:
+@dataclass(frozen=True, repr=False)
+class ReplicaCovariance(Displayed):
     """The covariance of a noise over replicas (seeds, say) and over draws within each: the law of total covariance.
 
     Attributes:
@@ -154,6 +155,20 @@ class ReplicaCovariance:
     eigenvalues: np.ndarray
     num_replicas: int
     num_draws: int
+
+    def shown(self) -> Shown:
+        """The three traces with errors."""
+        return Shown(
+            "ReplicaCovariance",
+            [
+                ("trace within replicas", self.within, ""),
+                ("trace between replicas", self.between, ""),
+                ("total", self.total, ""),
+                ("replicas", self.num_replicas, ""),
+                ("draws in each", self.num_draws, ""),
+            ],
+            ["errors: over replicas"],
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """Traces with errors, and eigenvalues over eigen_index."""

@@ -29,11 +29,12 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from landscape.display import Displayed, Row, Shown, sparkline
 from landscape.statistics import Estimate
 
 
-@dataclass(frozen=True)
-class CovarianceSpectrum:
+@dataclass(frozen=True, repr=False)
+class CovarianceSpectrum(Displayed):
     """The covariance C of noise vectors, as a whole and by blocks of parameters, from a sample.
 
     Attributes:
@@ -71,6 +72,19 @@ class CovarianceSpectrum:
         """A quantity ("trace", "frobenius_squared", "effective_rank") of a block, the first by default, with its error."""
         i = 0 if block is None else self.blocks.index(block)
         return Estimate(float(getattr(self, quantity)[i]), float(getattr(self, f"{quantity}_stderr")[i]), self.num_samples)  # fmt: skip
+
+    def shown(self) -> Shown:
+        """Traces and effective rank of the first block, with errors."""
+        rows: list[Row] = [
+            ("block", f"{self.blocks[0]} ({int(self.sizes[0]):,} parameters)", ""),
+            ("Tr C", self.estimate("trace"), "gradient^2"),
+            ("|C|_F^2", self.estimate("frobenius_squared"), "gradient^4"),
+            ("effective rank", self.estimate("effective_rank"), ""),
+            ("vectors", self.num_samples, ""),
+        ]
+        more = [f"{len(self.blocks) - 1} more blocks: {', '.join(self.blocks[1:6])}"] if len(self.blocks) > 1 else []
+        picture = sparkline(self.eigenvalues[0], "eigenvalues of the sample covariance", logarithmic=True)
+        return Shown("CovarianceSpectrum", rows, more, picture)
 
     def to_xarray(self) -> xr.Dataset:
         """All of it, over block and eigen_index."""

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from landscape.display import Displayed, Shown, number, sparkline
 from landscape.statistics import Z95, Estimate
 
 TailVerdict = Literal["heavy", "light", "undecided"]
@@ -18,8 +19,8 @@ LEAST = 10
 """Norms in the tail that an estimate takes at least."""
 
 
-@dataclass(frozen=True)
-class TailIndex:
+@dataclass(frozen=True, repr=False)
+class TailIndex(Displayed):
     """Hill's estimate of the exponent alpha of P(X > x) ~ x^(-alpha), and whether the sample bears it out.
 
     Attributes:
@@ -56,6 +57,21 @@ class TailIndex:
     def estimate(self) -> Estimate:
         """The index with its error."""
         return Estimate(self.index, self.stderr, self.num_top)
+
+    def shown(self) -> Shown:
+        """The index with its error, and whether it is one."""
+        return Shown(
+            "TailIndex",
+            [
+                ("index", self.estimate, ""),
+                ("norms in the tail", f"{self.num_top:,} of {self.num_samples:,}", ""),
+                ("variation of the excess (1: exponential)", self.excess_variation, ""),
+                ("drift", self.drift_z, "standard errors"),
+                ("verdict", self.verdict, ""),
+            ],
+            [] if self.verdict == "heavy" else ["the index is not to be read as an exponent"],
+            sparkline(self.tried_index, f"index from the largest {', '.join(map(str, self.tried))} norms"),
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """The index, and over num_top what else was tried."""
@@ -157,8 +173,8 @@ def _around(tried: np.ndarray, near: np.ndarray, k: int) -> tuple[int, int]:
 # Noise scale -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NoiseScale:
+@dataclass(frozen=True, repr=False)
+class NoiseScale(Displayed):
     """B_simple = Tr(C)/|g|^2 with both parts unbiased, and an interval for their ratio.
 
     Attributes:
@@ -182,6 +198,21 @@ class NoiseScale:
     significant: bool
     small_batch: int
     large_batch: int
+
+    def shown(self) -> Shown:
+        """The ratio with its interval, and both parts."""
+        return Shown(
+            "NoiseScale",
+            [
+                ("Tr C", self.trace, "gradient^2"),
+                ("|g|^2", self.gradient_norm_squared, "gradient^2"),
+                ("noise scale", Estimate(self.value, self.stderr), "examples"),
+                ("95% interval", f"{number(self.low)} to {number(self.high)}", "examples"),
+            ],
+            []
+            if self.significant
+            else ["|g|^2 is not significantly positive: the noise scale has no known upper bound"],
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """Both parts with errors, the ratio with its interval."""

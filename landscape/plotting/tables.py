@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from landscape.display import number as number
+from landscape.display import with_error as with_error
 from landscape.plotting.maps import edge_of, rates_run
 from landscape.plotting.style import display_name
 from landscape.plotting.view import RunView
@@ -30,7 +32,6 @@ VERDICTS = {
     "not applicable": "there is nothing to compare",
 }
 """Every verdict and what it says, as in theory.scorecard."""
-SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 RUN_FACTS = ("algorithm", "order", "topology", "learning_rate", "num_learners", "local_batch_size", "num_steps", "momentum", "weight_decay", "schedule", "seed")  # fmt: skip
 
 
@@ -51,39 +52,6 @@ class Table:
     caption: str
     columns: list[str]
     rows: Sequence[Sequence[Cell]]
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number in few characters.
-
-    >>> number(0.75981), number(1.85e-5), number(float("inf")), number(float("nan")), number(1333.2)
-    ('0.76', '1.85×10⁻⁵', '∞', '–', '1.33×10³')
-    """
-    if math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if value != 0 and not 1e-3 <= abs(value) < 1e3:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}".replace("-", "−")
-    return f"{value:.{digits}g}".replace("-", "−")
-
-
-def with_error(value: float, stderr: float) -> str:
-    """A number with its standard error, both to the error's second digit.
-
-    >>> with_error(0.759813, 0.00467), with_error(2.5168e-4, 2.28e-5), with_error(1.0, 0.0)
-    ('0.7598 ± 0.0047', '(2.52 ± 0.23)×10⁻⁴', '1')
-    """
-    if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0:
-        return number(value, 4 if stderr == 0 and 1e-3 <= abs(value) < 1e3 else 3)
-    scale = max(abs(value), stderr)
-    power = 0 if 1e-3 <= scale < 1e4 else math.floor(math.log10(scale))
-    places = max(0, 1 - math.floor(math.log10(stderr / 10**power)))
-    text = f"{value / 10**power:.{min(places, 8)}f} ± {stderr / 10**power:.{min(places, 8)}f}"
-    if power:
-        text = f"({text})×10{str(power).translate(SUPERSCRIPTS)}"
-    return text.replace("-", "−")
 
 
 def summary(views: Sequence[RunView]) -> Table:

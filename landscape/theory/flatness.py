@@ -13,7 +13,9 @@ from torch import Tensor
 
 from landscape.curvature.low_rank import SampleCovarianceOperator
 from landscape.curvature.vectors import inner
+from landscape.display import Displayed, Shown, number, sparkline
 from landscape.objective import Objective
+from landscape.statistics import Estimate
 from landscape.theory.power_law import PowerLaw, power_law
 
 MIN_EFFECTIVE_SAMPLES = 10
@@ -23,8 +25,8 @@ MIN_SETTLED = 0.5
 """Share of the variance in view that settled directions must hold for the stretch to pass as stationary."""
 
 
-@dataclass(frozen=True)
-class VarianceFlatness:
+@dataclass(frozen=True, repr=False)
+class VarianceFlatness(Displayed):
     """Variance and flatness along the principal directions of a trajectory.
 
     Attributes:
@@ -66,6 +68,24 @@ class VarianceFlatness:
         """Minus the slope of log sigma_i^2 on log F_i."""
         return 2 * self.law.exponent
 
+    def shown(self) -> Shown:
+        """psi with its interval, and whether the directions carry one."""
+        law = self.law
+        return Shown(
+            "VarianceFlatness",
+            [
+                ("psi", Estimate(self.psi, 2 * law.stderr), ""),
+                ("95% interval", f"{number(2 * law.low)} to {number(2 * law.high)}", ""),
+                ("directions fitted", law.num_points, ""),
+                ("settled", int(self.settled.sum()), ""),
+                ("censored", int(self.censored.sum()), ""),
+                ("variance explained", self.explained, ""),
+                ("verdict", law.verdict, ""),
+            ],
+            [law.reason] if law.reason else [],
+            sparkline(self.variance, "variance along the directions", logarithmic=True),
+        )
+
     def to_xarray(self) -> xr.Dataset:
         """Over `direction`: variance, flatness, effective_samples, censored; and psi with its interval and verdict."""
         law = self.law
@@ -93,8 +113,8 @@ class VarianceFlatness:
         made = xr.Dataset(attrs={"reach": self.reach, "num_values": self.num_values})
         for name, (array, text, units) in arrays.items():
             made[name] = ("direction", array, {"long_name": text, "units": units})
-        for name, (number, text, units) in numbers.items():
-            made[name] = ((), number, {"long_name": text, "units": units})
+        for name, (value, text, units) in numbers.items():
+            made[name] = ((), value, {"long_name": text, "units": units})
         return made
 
 

@@ -10,6 +10,9 @@ import numpy as np
 import xarray as xr
 from scipy.stats import t as student
 
+from landscape.display import Displayed, Shown, number
+from landscape.statistics import Estimate
+
 LawVerdict = Literal["measured", "inconclusive"]
 
 MIN_POINTS = 6
@@ -25,8 +28,8 @@ MAX_LEVERAGE = 0.8
 """Of one point: above, the slope is a line from the others' centre to that point."""
 
 
-@dataclass(frozen=True)
-class PowerLaw:
+@dataclass(frozen=True, repr=False)
+class PowerLaw(Displayed):
     """The least-squares line through (log x, log y).
 
     Attributes:
@@ -54,6 +57,21 @@ class PowerLaw:
     num_points: int
     verdict: LawVerdict
     reason: str
+
+    def shown(self) -> Shown:
+        """The exponent with its interval, and whether the points carry one."""
+        return Shown(
+            "PowerLaw",
+            [
+                ("exponent", Estimate(self.exponent, self.stderr), ""),
+                ("95% interval", f"{number(self.low)} to {number(self.high)}", ""),
+                ("points", self.num_points, ""),
+                ("decades", self.decades, ""),
+                ("r squared", self.r_squared, ""),
+                ("verdict", self.verdict, ""),
+            ],
+            [self.reason] if self.reason else [],
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """exponent, exponent_stderr, exponent_low, exponent_high and the quality of the fit."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from landscape.display import grid, text
 from landscape.statistics import Estimate, Verdict, agreement, bound_verdict, ratio
 
 TOLERANCE = 0.2
@@ -30,7 +31,56 @@ EXPONENT_RANGE = (1.0, 2.0)
 """Exponents of the law of noise against curvature that arXiv 2602.05600 finds."""
 
 
-def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> pd.DataFrame:
+MARKS = {"agrees": "✓", "holds": "✓", "disagrees": "✗", "violated": "✗", "inconclusive": "?", "not applicable": "–"}
+"""Before each verdict in Jupyter, so that none is told by colour."""
+
+
+class Scorecard(pd.DataFrame):
+    """A table with COLUMNS that shows numbers and their errors together, in a terminal and in Jupyter; otherwise a DataFrame."""
+
+    @property
+    def _constructor(self) -> type[Scorecard]:
+        return Scorecard  # rows of a scorecard are one; what lacks its columns shows itself as any table
+
+    def __repr__(self) -> str:
+        if not self._is_whole:
+            return super().__repr__()
+        rows = [self._heads(), *self._cells("")]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str | None:
+        if not self._is_whole:
+            return pd.DataFrame(self)._repr_html_()  # type: ignore[operator]
+        return grid("Scorecard", self._heads(), self._cells("mark"), notes=[
+            "± standard errors; a ratio is measured over predicted, of a bound the bound over measured; z in standard errors of both"
+        ])  # fmt: skip
+
+    @property
+    def _is_whole(self) -> bool:
+        return list(self.columns) == COLUMNS
+
+    @staticmethod
+    def _heads() -> list[str]:
+        return ["step", "quantity", "prediction", "measured", "predicted", "ratio", "z", "verdict"]
+
+    def _cells(self, marked: str) -> list[list[str]]:
+        return [
+            [
+                text(row["step"]), str(row["quantity"]), str(row["prediction"]),
+                *(_said(row[name], row[f"{name}_stderr"]) for name in ("measured", "predicted", "ratio")),
+                f"{row['z']:+.1f}".replace("-", "−") if math.isfinite(row["z"]) else "",
+                f"{MARKS.get(row['verdict'], '')} {row['verdict']}".strip() if marked else str(row["verdict"]),
+            ]
+            for row in self.to_dict("records")
+        ]  # fmt: skip
+
+
+def _said(value: float, stderr: float) -> str:
+    return text(Estimate(float(value), float(stderr) if math.isfinite(stderr) else 0.0))
+
+
+def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> Scorecard:
     """Every prediction that the measurements allow to be checked, one row each.
 
     Args:
@@ -38,7 +88,7 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
         tolerance: of "agrees"; see `landscape.statistics.agreement`.
 
     Returns:
-        a table with COLUMNS; ratio is measured over predicted, or bound over measured (its tightness) for bounds; z is measured less
+        a DataFrame with COLUMNS; ratio is measured over predicted, or bound over measured (its tightness) for bounds; z is measured less
         predicted over the error of both (nan where neither has one, and for bounds). `scorecard_dataset` gives the same labelled.
     """
     rows: list[dict[str, Any]] = []
@@ -53,8 +103,7 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
         if name in groups:
             for step in groups[name]["step"].values:
                 add(rows, groups[name].sel(step=step), int(step), tolerance)
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.sort_values(["step"], kind="stable", ignore_index=True)
+    return Scorecard(rows, columns=COLUMNS).sort_values(["step"], kind="stable", ignore_index=True)
 
 
 def scorecard_dataset(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> xr.Dataset:

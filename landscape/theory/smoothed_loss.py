@@ -12,14 +12,15 @@ from torch import Tensor
 
 from landscape.checkpoints import Learners
 from landscape.curvature.third import curved_gradient
+from landscape.display import Displayed, Shown
 from landscape.noise.rows import Rows
 from landscape.objective import Objective
 from landscape.statistics import Estimate, estimate
 from landscape.theory.smoothing import Kernel, kernel_deviations
 
 
-@dataclass(frozen=True)
-class SmoothedLoss:
+@dataclass(frozen=True, repr=False)
+class SmoothedLoss(Displayed):
     """L~ and its gradient at w_a under a kernel; errors over antithetic pairs of deviations, 0 for the learners' own kernel, which is exact.
 
     Attributes:
@@ -35,6 +36,19 @@ class SmoothedLoss:
     loss_change: Estimate
     rate_ratio: Estimate
     gradient_ratio: Estimate
+
+    def shown(self) -> Shown:
+        """What smoothing does to loss and gradient, with errors."""
+        return Shown(
+            "SmoothedLoss",
+            [
+                ("kernel", self.kernel, ""),
+                ("deviations", self.num_samples, ""),
+                ("L~ - L", self.loss_change, "loss"),
+                ("g . grad L~/|g|^2", self.rate_ratio, ""),
+                ("|grad L~|^2/|g|^2", self.gradient_ratio, ""),
+            ],
+        )
 
 
 def smoothed_loss(

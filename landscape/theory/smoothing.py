@@ -18,8 +18,9 @@ from landscape.curvature.differences import GradientDifferenceOperator
 from landscape.curvature.hessian import HessianOperator
 from landscape.curvature.lanczos import top_eigenpairs
 from landscape.curvature.operators import AveragedOperator
+from landscape.display import Displayed, Shown, number
 from landscape.objective import Objective
-from landscape.statistics import estimate
+from landscape.statistics import Estimate, estimate
 
 Kernel = Literal["isotropic", "covariance", "learners"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -53,8 +54,8 @@ def kernel_deviations(
     return torch.cat([drawn, -drawn])
 
 
-@dataclass(frozen=True)
-class SmoothedCurvature:
+@dataclass(frozen=True, repr=False)
+class SmoothedCurvature(Displayed):
     """Top curvature of the smoothed landscape at w_a.
 
     Attributes:
@@ -99,6 +100,24 @@ class SmoothedCurvature:
     def kink_part(self) -> float:
         """Curvature that sits at the kinks: lambda_max less the autodiff average's."""
         return self.lambda_max - self.lambda_autodiff
+
+    def shown(self) -> Shown:
+        """Top curvature with its error, what autodiff sees of it, and how it hangs on the step of the differences."""
+        inverse = "1/weights^2"
+        return Shown(
+            "SmoothedCurvature",
+            [
+                ("kernel", self.kernel, ""),
+                ("sigma_w", self.sigma_w, "weights"),
+                ("deviations", self.num_samples, ""),
+                ("lambda_max", Estimate(self.lambda_max, self.lambda_max_stderr), inverse),
+                ("lambda_min", self.lambda_min, inverse),
+                ("autodiff average", self.lambda_autodiff, inverse),
+                ("kink part", self.kink_part, inverse),
+                ("gradients", self.num_gradients, ""),
+            ],
+            [f"along the top vector at other steps: {', '.join(f'{number(v, 4)} at {number(s, 2)}' for s, v in zip(self.plateau_steps, self.plateau_values, strict=True))}"],
+        )  # fmt: skip
 
     def to_xarray(self) -> xr.Dataset:
         """All fields, the plateau over plateau_index."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from landscape.checkpoints import Learners
 from landscape.curvature.differences import GradientDifferenceOperator
 from landscape.curvature.lanczos import top_eigenpairs
+from landscape.display import Displayed, Shown, sparkline
 from landscape.objective import Objective
-from landscape.statistics import estimate
+from landscape.statistics import Estimate, estimate
 from landscape.theory.smoothing import Kernel, kernel_deviations
 
 Status = Literal["found", "already below", "not reached", "no deviations"]
@@ -23,8 +24,8 @@ STEP_SHARE = 0.02
 """Step of the finite differences, as a share of the typical deviation (see `landscape.theory.smoothing`)."""
 
 
-@dataclass(frozen=True)
-class SmoothingLength:
+@dataclass(frozen=True, repr=False)
+class SmoothingLength(Displayed):
     """Where lambda_max of L~ crosses a target as the deviations are scaled up, the same deviations at every scale.
 
     Attributes:
@@ -50,6 +51,21 @@ class SmoothingLength:
     lambda_max: tuple[float, ...]
     lambda_max_stderr: tuple[float, ...]
     num_gradients: int
+
+    def shown(self) -> Shown:
+        """The crossing, and the curve that was walked."""
+        return Shown(
+            "SmoothingLength",
+            [
+                ("kernel", self.kernel, ""),
+                ("target", self.target, "1/weights^2"),
+                ("status", self.status, ""),
+                ("scale", Estimate(self.scale, self.scale_stderr), "of the kernel's own"),
+                ("sigma", self.sigma, "weights"),
+                ("gradients", self.num_gradients, ""),
+            ],
+            picture=sparkline(self.lambda_max, f"lambda_max at scales {', '.join(f'{s:.3g}' for s in self.scales)}", logarithmic=True),
+        )  # fmt: skip
 
     def to_xarray(self) -> xr.Dataset:
         """The curve over `scale_index` and the crossing."""

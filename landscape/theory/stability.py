@@ -14,6 +14,7 @@ from landscape import streams
 from landscape.curvature.coupled import CoupledOperator
 from landscape.curvature.lanczos import top_eigenpairs
 from landscape.curvature.operators import SymmetricOperator
+from landscape.display import Displayed, Shown
 from landscape.theory.modes import LocalRule, growth
 from landscape.training.topology import Topology
 
@@ -90,8 +91,8 @@ def learning_rate_thresholds(
     return thresholds
 
 
-@dataclass(frozen=True)
-class CoupledStability:
+@dataclass(frozen=True, repr=False)
+class CoupledStability(Displayed):
     """The linearised step on all learners at once, at a checkpoint.
 
     Attributes:
@@ -110,6 +111,21 @@ class CoupledStability:
     converged: bool
     necessary: float
     num_matvecs: int
+
+    def shown(self) -> Shown:
+        """The extreme eigenvalues, and the growth of the disagreement."""
+        return Shown(
+            "CoupledStability",
+            [
+                ("smallest eigenvalue", self.smallest, "per step"),
+                ("largest eigenvalue", self.largest, "per step"),
+                ("growth of disagreement", self.disagreement, "per step"),
+                ("alpha lambda_max/(1 + M_jj)", self.necessary, ""),
+                ("converged", self.converged, ""),
+                ("products", self.num_matvecs, ""),
+            ],
+            ["stable while the growth of disagreement is below 1"],
+        )
 
 
 def coupled_stability(

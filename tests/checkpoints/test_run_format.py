@@ -167,7 +167,7 @@ def test_a_run_describes_itself(tmp_path: Path) -> None:
     assert (run.task, run.status, run.config.num_learners) == ("tiny", "complete", LEARNERS)
     assert run.metrics["train_loss"].tolist() == [1, 1 / 6]
     assert "algorithm='dpsgd'" in repr(run)
-    assert "<td>complete</td>" in run._repr_html_()
+    assert ">complete</td>" in run._repr_html_()
     assert repr(run.learners(0)).startswith("Learners(step=0, num_learners=3")
 
 
