@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= landscape-demo
 
-.PHONY: help demo test check lint bench notebooks clean
+.PHONY: help demo test check lint bench docs notebooks clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ bench: $(VENV)/.installed-test ## speed and accuracy beside pyhessian and curvli
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt einconv opt-einsum
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps curvlinops-for-pytorch backpack-for-pytorch linear_operator
 	$(BIN)/python -m tests.benchmarks
+
+docs: $(VENV)/.installed ## the API reference, from the docstrings: docs/api/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[docs]
+	$(BIN)/python -m pdoc landscape --docformat google --no-show-source --output-directory docs/api
+
+notebooks: $(VENV)/.installed-test ## run the notebooks anew and keep their figures
+	$(BIN)/python -m jupytext --to ipynb --execute notebooks/*.py
 
 clean: ## remove the environment and caches, never a run
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

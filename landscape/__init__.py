@@ -22,6 +22,7 @@ from landscape.curvature import spectral_density as spectral_density
 from landscape.curvature import top_eigenpairs as top_eigenpairs
 from landscape.curvature import trace as trace
 from landscape.data import TensorData as TensorData
+from landscape.display import estimates as estimates
 from landscape.experiments.calibrate import calibrate_noise as calibrate_noise
 from landscape.experiments.checkpoint import MeasureConfig as MeasureConfig
 from landscape.experiments.edge import edge_scorecard as edge_scorecard
@@ -58,3 +59,48 @@ from landscape.theory.scorecard import scorecard as scorecard
 from landscape.theory.scorecard import scorecard_dataset as scorecard_dataset
 from landscape.theory.smoothing import smoothed_curvature as smoothed_curvature
 from landscape.training import TrainConfig as TrainConfig
+
+__all__ = [
+    "CheckpointError",
+    "ImportConfig",
+    "Learners",
+    "MeasureConfig",
+    "Objective",
+    "Run",
+    "Task",
+    "TensorData",
+    "TrainConfig",
+    "Variant",
+    "calibrate_noise",
+    "compare",
+    "diagonal",
+    "edge_scorecard",
+    "estimates",
+    "find_edge",
+    "fisher",
+    "frobenius_norm",
+    "ggn",
+    "gradient_covariance",
+    "hessian",
+    "import_run",
+    "measure",
+    "measure_noise",
+    "open_run",
+    "preflight",
+    "read_checkpoint",
+    "replay",
+    "reproduce",
+    "rescue_experiment",
+    "run_flatness",
+    "run_scorecard",
+    "save_learner",
+    "scorecard",
+    "scorecard_dataset",
+    "second_moment",
+    "smoothed_curvature",
+    "spectral_density",
+    "stability_map",
+    "top_eigenpairs",
+    "trace",
+    "train",
+]

@@ -131,6 +131,7 @@ class Learners(Displayed):
             *(
                 (name.replace("_", " "), value, "")
                 for name, value in self.facts.items()
+                if name != "num_learners"
                 if isinstance(value, str | int | float)
             ),
         ]

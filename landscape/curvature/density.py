@@ -40,8 +40,8 @@ MARGIN = 5
 class SpectralDensity(Displayed):
     r"""The eigenvalues of an operator as weighted atoms, one set a probe, and their smooth density.
 
-    $$\phi(c) = \frac{1}{d} \sum_{i=1}^{k} g_\sigma(c - z(\lambda_i))
-      + \frac{1}{p} \sum_{l=1}^{p} \sum_j \omega_{lj}\, g_\sigma(c - z(\theta_{lj}))$$
+    $$\phi(c) = \frac{1}{d} \sum_{i=1}^{k} g_\sigma(c - z(\lambda_i)) +
+      \frac{1}{p} \sum_{l=1}^{p} \sum_j \omega_{lj}\, g_\sigma(c - z(\theta_{lj}))$$
 
     over outliers $\lambda_i$ and quadrature nodes $\theta_{lj}$, with $g_\sigma$ the Gaussian of standard deviation $\sigma$ and z(lambda)
     the axis coordinate.
