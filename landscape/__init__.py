@@ -2,6 +2,10 @@
 
 Measures the landscape-dependent noise, the Hessian spectrum and the effective learning rate of synchronous and decentralised SGD on
 real training runs, and holds them against the smoothing theory of Zhang et al., arXiv 2112.01433.
+
+What is listed here is what most programs need. The parts, from what others rest on to what rests on them: `landscape.display`, `landscape.functional`,
+`landscape.data`, `landscape.models`, `landscape.tasks`, `landscape.training`, `landscape.checkpoints`, `landscape.objective`, `landscape.curvature`,
+`landscape.noise`, `landscape.theory`, `landscape.results`, `landscape.plotting`, `landscape.experiments`, `landscape.cli`.
 """
 
 from landscape.checkpoints import CheckpointError as CheckpointError

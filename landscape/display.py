@@ -1,7 +1,7 @@
 """How results show themselves: a line in a terminal, a small table in Jupyter.
 
-Plain HTML and SVG, without scripts and without colours of their own, so that they are legible on any background; whatever comes from outside is
-escaped.
+Plain HTML without scripts, pictures or colours of its own, so that it is shown by notebooks that are not trusted and legible on any background;
+whatever comes from outside is escaped.
 
 >>> shown = Shown("TraceEstimate", [("trace", Estimate(5050.3, 12.1), ""), ("products", 20, "")])
 >>> shown.line()
@@ -26,8 +26,9 @@ from landscape.statistics import Estimate
 Row = tuple[str, object, str]
 """Quantity, value (a number, an `Estimate` or text), unit."""
 
-WIDTH, HEIGHT = 160, 28
-"""Of a sparkline, in pixels."""
+WIDTH = 60
+"""Characters of a sparkline, at most."""
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 CELL = "text-align:left;padding:0.15em 0.8em 0.15em 0"
 LONGEST_LIST = 5
@@ -167,16 +168,22 @@ def with_error(value: float, stderr: float) -> str:
 
 
 def sparkline(
-    values: Sequence[float] | np.ndarray, label: str, *, logarithmic: bool = False, bars: bool = False
+    values: Sequence[float] | np.ndarray, label: str, *, logarithmic: bool = False, from_zero: bool = False
 ) -> str:
-    """A small line or bar chart as inline SVG, in the colour of the text; nothing where fewer than two values are finite.
+    """A small chart of block characters in eight steps, which every notebook shows (pictures within HTML are taken out of those that are not trusted).
 
     Args:
-        values: in order, evenly spaced; what is not finite (or not positive, on a logarithmic axis) leaves a gap. Of more values than pixels the largest of
-            each pixel is drawn.
-        label: what it shows, read out by screen readers and shown below the chart.
+        values: in order, evenly spaced; what is not finite (or not positive, on a logarithmic axis) leaves a gap. Of more values than characters the
+            largest of each character's is shown.
+        label: what it shows, below the chart.
         logarithmic: whether heights are logarithms.
-        bars: bars from zero (from the least value, on a logarithmic axis) instead of a line.
+        from_zero: whether the lowest block stands for 0 (or the least value, if that is below) and not for the least value.
+
+    Returns:
+        HTML; nothing where fewer than two values are finite.
+
+    >>> "▁▅ █" in sparkline([1.0, 2.0, math.nan, 3.0], "loss")
+    True
     """
     heights = np.asarray(values, dtype=np.float64)
     if len(heights) > WIDTH:
@@ -187,36 +194,14 @@ def sparkline(
     if finite.sum() < 2:
         return ""
     low, high = float(heights[finite].min()), float(heights[finite].max())
-    if bars and not logarithmic:
-        low, high = min(low, 0.0), max(high, 0.0)
-    spread = high - low or 1.0
-    x = 2 + (WIDTH - 4) * np.arange(len(heights)) / max(1, len(heights) - 1)
-    y = HEIGHT - 2 - (HEIGHT - 4) * (np.where(finite, heights, low) - low) / spread
-    if bars:
-        foot = HEIGHT - 2 - (HEIGHT - 4) * ((0.0 if not logarithmic else low) - low) / spread
-        width = max(1.0, 0.6 * (WIDTH - 4) / len(heights))
-        drawn = "".join(
-            f'<rect x="{a * (WIDTH - width - 4) / (WIDTH - 4):.1f}" y="{min(b, foot):.1f}" width="{width:.1f}" height="{max(1.0, abs(foot - b)):.1f}" '
-            'fill="currentColor"/>'
-            for a, b, known in zip(x, y, finite, strict=True)
-            if known
-        )
-    else:
-        drawn = "".join(
-            f'<polyline points="{" ".join(f"{x[i]:.1f},{y[i]:.1f}" for i in run)}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-            for run in _runs(finite)
-        )
+    low = min(low, 0.0) if from_zero else low
+    shares = (np.where(finite, heights, low) / 2 - low / 2) / ((high / 2 - low / 2) or 1.0)  # halves: no overflow
+    drawn = "".join(BLOCKS[round(share * (len(BLOCKS) - 1))] if known else " " for share, known in zip(shares, finite, strict=True))  # fmt: skip
     name = html.escape(label)
     return (
-        f'<figure style="margin:0.3em 0"><svg role="img" aria-label="{name}" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f'{drawn}</svg><figcaption style="opacity:0.75">{name}</figcaption></figure>'
+        f'<div role="img" aria-label="{name}" style="font-family:monospace;line-height:1.2;white-space:pre;margin-top:0.3em">{drawn}</div>'
+        f'<div style="opacity:0.75">{name}</div>'
     )
-
-
-def _runs(known: np.ndarray) -> list[np.ndarray]:
-    """Indices of each stretch of known values; one that stands alone is drawn twice, as a point has no length."""
-    stretches = np.split(np.arange(len(known)), np.flatnonzero(np.diff(known.astype(int)) != 0) + 1)
-    return [np.repeat(part, 2) if len(part) == 1 else part for part in stretches if known[part[0]]]
 
 
 def estimates(dataset: xr.Dataset, title: str = "measured") -> Shown:

@@ -18,7 +18,7 @@ from landscape.curvature.lanczos import Eigenpairs, top_eigenpairs
 from landscape.curvature.operators import DenseOperator
 from landscape.curvature.preflight import Preflight
 from landscape.curvature.trace import diagonal, trace
-from landscape.display import Displayed, Shown, estimates, grid, sparkline, text
+from landscape.display import BLOCKS, Displayed, Shown, estimates, grid, sparkline, text
 from landscape.functional import ParameterLayout
 from landscape.noise.covariance import CovarianceSummary
 from landscape.noise.rows_covariance import ReplicaCovariance
@@ -112,7 +112,8 @@ def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert str(tmp_path) not in shown
     assert "0.5" in shown
     assert HOSTILE in "".join(parsed(grid(HOSTILE, [HOSTILE], [[HOSTILE]], notes=[HOSTILE])).itertext())
-    assert parsed(sparkline([1.0, 2.0], HOSTILE)).find("svg").get("aria-label") == HOSTILE  # type: ignore[union-attr]
+    chart, below = parsed(f"<p>{sparkline([1.0, 2.0], HOSTILE)}</p>")
+    assert (chart.get("aria-label"), below.text) == (HOSTILE, HOSTILE)
 
 
 def test_learners_show_their_spread_and_origin() -> None:
@@ -130,24 +131,29 @@ def test_nothing_is_drawn_of_nothing(values: list[float]) -> None:
     assert sparkline(values, "empty", logarithmic=True) == ""
 
 
-@pytest.mark.parametrize("options", [{}, {"logarithmic": True}, {"bars": True}, {"bars": True, "logarithmic": True}])
-@pytest.mark.parametrize("values", [[1.0, 1.0], [1.0, math.nan, 3.0, -1.0, 2.0, 0.5], [1e-300, 1e300], [5.0, math.inf, 1.0, math.nan, 4.0]])  # fmt: skip
-def test_sparklines_stay_within_their_frame(values: list[float], options: dict[str, bool]) -> None:
-    drawn = parsed(sparkline(values, "some", **options))
-    svg = drawn.find("svg")
-    assert svg is not None
-    width, height = float(svg.get("width", 0)), float(svg.get("height", 0))
-    for line in svg.iter("polyline"):
-        points = np.array([[float(n) for n in p.split(",")] for p in line.get("points", "").split()])
-        assert ((points >= 0) & (points <= [width, height])).all()
-        assert len(points) >= 2
-    for bar in svg.iter("rect"):
-        x, y, w, h = (float(bar.get(name, "nan")) for name in ("x", "y", "width", "height"))
-        assert x >= 0
-        assert x + w <= width
-        assert y >= 0
-        assert y + h <= height + 1
-    assert len(list(svg)) >= 1
+@pytest.mark.parametrize("options", [{}, {"logarithmic": True}, {"from_zero": True}, {"from_zero": True, "logarithmic": True}])  # fmt: skip
+@pytest.mark.parametrize("values", [[1.0, 1.0], [1.0, math.nan, 3.0, -1.0, 2.0, 0.5], [1e-300, 1e300], [5.0, math.inf, 1.0, math.nan, 4.0], [-1e308, 1e308]])  # fmt: skip
+def test_sparklines_have_a_block_for_each_value(values: list[float], options: dict[str, bool]) -> None:
+    drawn = sparkline(values, "some", **options)
+    heights = np.array(values)
+    known = np.isfinite(heights) & ((heights > 0) if "logarithmic" in options else True)
+    if known.sum() < 2:
+        assert drawn == ""
+        return
+    chart = ElementTree.fromstring(f"<p>{drawn}</p>")[0].text or ""
+    assert [c != " " for c in chart] == known.tolist()
+    levels = np.array([BLOCKS.index(c) for c in chart if c != " "])
+    order = np.argsort(heights[known])
+    assert (np.diff(levels[order]) >= 0).all()
+    assert levels.min() >= 0
+
+
+def test_sparklines_show_peaks_of_many_values_and_heights_from_zero() -> None:
+    many = np.zeros(1000)
+    many[500] = 1.0
+    assert sparkline(many, "peak").count("█") == 1
+    assert "▇█" in sparkline([10.0, 11.0], "both high", from_zero=True)
+    assert "▁█" in sparkline([10.0, 11.0], "apart")
 
 
 def scores() -> Scorecard:

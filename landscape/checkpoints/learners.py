@@ -143,7 +143,7 @@ class Learners(Displayed):
         )
         notes = [] if self.is_finite else ["some weights are not finite"]
         notes += [str(sentence) for sentence in (*self.origin.get("reasons", ()), *self.origin.get("notes", ()))]
-        return Shown("Learners", rows, notes, sparkline(distances, "distance of each learner from their mean", bars=True) if n <= 64 else "")  # fmt: skip
+        return Shown("Learners", rows, notes, sparkline(distances, "distance of each learner from their mean", from_zero=True) if n <= 64 else "")  # fmt: skip
 
     def __repr__(self) -> str:
         n, d = self.weights.shape

@@ -86,7 +86,7 @@ class Eigenpairs(Displayed):
         if len(rows) > LISTED:
             notes.insert(0, f"{len(rows) - LISTED} more in .values")
         return grid("Eigenpairs", ("", "eigenvalue", "residual", "converged"), rows[:LISTED], notes=notes,
-                    picture=sparkline(self.values, "eigenvalues", bars=True))  # fmt: skip
+                    picture=sparkline(self.values, "eigenvalues", from_zero=True))  # fmt: skip
 
     def __str__(self) -> str:
         """A table, and what it cost."""
