@@ -5,7 +5,7 @@ real training runs, and holds them against the smoothing theory of Zhang et al.,
 
 What is listed here is what most programs need. The parts, from what others rest on to what rests on them: `landscape.display`, `landscape.functional`,
 `landscape.data`, `landscape.models`, `landscape.tasks`, `landscape.training`, `landscape.checkpoints`, `landscape.objective`, `landscape.curvature`,
-`landscape.noise`, `landscape.theory`, `landscape.results`, `landscape.plotting`, `landscape.experiments`, `landscape.cli`.
+`landscape.noise`, `landscape.slices`, `landscape.theory`, `landscape.results`, `landscape.plotting`, `landscape.experiments`, `landscape.cli`.
 """
 
 from landscape.checkpoints import CheckpointError as CheckpointError
@@ -68,9 +68,12 @@ __all__ = [
     "CheckpointError",
     "ImportConfig",
     "Learners",
+    "Line",
     "MeasureConfig",
     "Objective",
+    "Plane",
     "Run",
+    "SmoothingKernel",
     "Task",
     "TensorData",
     "TrainConfig",
@@ -78,6 +81,7 @@ __all__ = [
     "calibrate_noise",
     "compare",
     "diagonal",
+    "disagreement_plane",
     "edge_scorecard",
     "estimates",
     "find_edge",
@@ -85,12 +89,20 @@ __all__ = [
     "frobenius_norm",
     "ggn",
     "gradient_covariance",
+    "gradient_field",
     "hessian",
     "import_run",
+    "line_between",
+    "line_slice",
     "measure",
     "measure_noise",
     "open_run",
+    "plane_slice",
+    "plane_through",
     "preflight",
+    "quadratic_model",
+    "random_line",
+    "random_plane",
     "read_checkpoint",
     "replay",
     "reproduce",
@@ -107,4 +119,5 @@ __all__ = [
     "top_eigenpairs",
     "trace",
     "train",
+    "trajectory_plane",
 ]

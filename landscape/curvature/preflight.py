@@ -19,6 +19,9 @@ from landscape.display import Displayed, Shown
 from landscape.functional import clone_buffers
 from landscape.objective import Objective, Weights
 
+WORKING_VECTORS = 6
+"""Of the weights' size, within a product: gradient and product by parameter, what their graphs hold, and both as one vector."""
+
 
 @dataclass(frozen=True, repr=False)
 class Preflight(Displayed):
@@ -31,7 +34,8 @@ class Preflight(Displayed):
         seconds_to_linearise: of building the graphs of all batches once.
         seconds_per_product: of one Hessian-vector product; graphs that do not fit the budget are built anew each time.
         kept_bytes: memory of the graphs that are kept between products.
-        peak_bytes: the same with what one batch takes while it is worked on; without weights, data and vectors.
+        peak_bytes: the same with what one batch takes while it is worked on, and the vectors of a product; without weights, data and a method's own
+            vectors.
         num_batches: batches a product goes through.
     """
 
@@ -243,6 +247,6 @@ def _priced(objective: Objective, weights: Tensor, notes: list[str], memory_budg
         share * (built + read),
         share * (product + recomputed * (built + read)),
         kept,
-        kept + 2 * size,
+        kept + 2 * size + WORKING_VECTORS * weights.nbytes,
         math.ceil(share),
     )

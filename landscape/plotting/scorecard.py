@@ -96,7 +96,7 @@ def scorecard_figure(view: RunView, ax: Axes | None = None, tolerance: float = T
     return ax
 
 
-def ratio_with_half_width(row: Mapping[str, Any]) -> tuple[float, float]:
+def ratio_with_half_width(row: Mapping[Any, Any]) -> tuple[float, float]:
     """Measured over predicted and half its 95% interval, in which the errors of both count as in the verdict; (0, 0) of an infinite prediction.
 
     >>> ratio_with_half_width({"measured": 3.0, "predicted": 2.0, "measured_stderr": 0.3, "predicted_stderr": 0.4, "z": 2.0})[0]

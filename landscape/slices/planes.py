@@ -163,7 +163,14 @@ def random_line(objective: Objective, weights: Weights, *, seed: int = 0, vector
 
 
 def random_plane(objective: Objective, weights: Weights, *, seed: int = 0, vectors: Vectors = "zero") -> Plane:
-    """The plane through some weights along two random filter-normalised directions."""
+    """The plane through some weights along two random filter-normalised directions.
+
+    Args:
+        objective: whose network has the filters.
+        weights: where the plane begins, at (0, 0).
+        seed: of the directions.
+        vectors: what biases and BatchNorm's parameters get, see `random_direction`.
+    """
     origin = objective.flat(weights)
     first, second = (random_direction(origin, objective.model.layout, seed=seed, index=i, vectors=vectors) for i in (0, 1))  # fmt: skip
     return Plane(origin, first, second, _random_kind(vectors), ("random direction 1", "random direction 2"), seed)
@@ -175,7 +182,13 @@ def line_between(first: Float[Tensor, " d"], second: Float[Tensor, " d"]) -> Lin
 
 
 def plane_through(first: Float[Tensor, " d"], second: Float[Tensor, " d"], third: Float[Tensor, " d"]) -> Plane:
-    """The plane of three weight vectors, at (0, 0), (1, 0) and (0, 1) (Garipov et al., arXiv 1802.10026)."""
+    """The plane of three weight vectors (Garipov et al., arXiv 1802.10026).
+
+    Args:
+        first: (d,), at (0, 0).
+        second: (d,), at (1, 0).
+        third: (d,), at (0, 1).
+    """
     kind = "through three weight vectors"
     return Plane(first, second.to(first) - first, third.to(first) - first, kind, ("from first to second", "across, to the third"))  # fmt: skip
 
