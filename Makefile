@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= landscape-demo
-PARTS = display functional losses statistics data models tasks training checkpoints objective curvature noise theory results plotting experiments cli
+PARTS = $(patsubst landscape/%/__init__.py,%,$(wildcard landscape/*/__init__.py)) $(patsubst landscape/%.py,%,$(wildcard landscape/[a-z]*.py))
 
 .PHONY: help demo test check lint bench docs notebooks clean
 
@@ -43,7 +43,7 @@ bench: $(VENV)/.installed-test ## speed and accuracy beside pyhessian and curvli
 
 docs: $(VENV)/.installed ## the API reference, from the docstrings: docs/api/index.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[docs]
-	$(BIN)/python -m pdoc landscape $(PARTS:%=landscape.%) --docformat google --no-show-source --output-directory docs/api
+	$(BIN)/python -W ignore::UserWarning -m pdoc landscape $(PARTS:%=landscape.%) --docformat google --no-show-source --output-directory docs/api
 
 notebooks: $(VENV)/.installed-test ## run the notebooks anew and keep their figures
 	$(BIN)/python -m jupytext --to ipynb --execute notebooks/*.py
