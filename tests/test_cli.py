@@ -260,3 +260,33 @@ def test_a_recipe_is_printed_as_flags_of_train(capsys: pytest.CaptureFixture[str
     assert flags[flags.index("--schedule") + 1].startswith("warmup:12515:0.5+step:75090,150180,200240:")
     assert run([*command, "0"]) == 2
     assert "at least one example" in capsys.readouterr().err
+
+
+def test_a_report_is_shown_where_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import webbrowser
+
+    shown: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda address: bool(shown.append(address)) or len(shown) == 1)
+    one, other = (str(tmp_path / name) for name in ("one", "other"))
+    for path, seed in ((one, "1"), (other, "2")):
+        assert run([*SHORT, "--seed", seed, "--out", path, "--quiet"]) == 0
+    assert run(["report", one]) == 0
+    assert shown == []
+    monkeypatch.chdir(tmp_path)
+    assert run(["report", one, other, "--open"]) == 0
+    assert shown == [(tmp_path / "report.html").as_uri()]
+    assert "no browser" not in capsys.readouterr().err
+    text = (tmp_path / "report.html").read_text()
+    assert "DPSGD, one" in text
+    assert "DPSGD, other" in text
+    assert run(["report", one, "--format", "md", "--open"]) == 0
+    assert shown[1] == (tmp_path / "one" / "report.md").as_uri()
+    assert "no browser was found" in capsys.readouterr().err
+
+
+def test_the_help_of_report_says_where_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "By default RUN/report.html for one run and ./report.html for several" in told

@@ -121,9 +121,12 @@ def display_name(name: str) -> str:
 
     >>> display_name("dpsgd-atc"), display_name("ssgd-star-0.01"), display_name("my run")
     ('DPSGD (ATC)', 'SSGD* (σ₀ = 0.01)', 'my run')
-    >>> display_name("ssgd-star-weights-low-rank")
-    'SSGD* (weights, low rank)'
+    >>> display_name("ssgd-star-weights-low-rank"), display_name("dpsgd, second run")
+    ('SSGD* (weights, low rank)', 'DPSGD, second run')
     """
+    variant, comma, rest = name.partition(", ")  # as `landscape.plotting.view.distinct` tells runs apart
+    if comma and variant in DISPLAY_NAMES:
+        return f"{DISPLAY_NAMES[variant]}, {rest}"
     if name in DISPLAY_NAMES:
         return DISPLAY_NAMES[name]
     place, _, shape = name.removeprefix("ssgd-star-").partition("-")

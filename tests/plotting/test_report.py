@@ -16,6 +16,7 @@ from landscape.plotting import tables
 from landscape.plotting.report import NEUTRAL, write_report
 from landscape.plotting.view import RunView
 from landscape.theory.scorecard import scorecard
+from tests.plotting.made import made_view
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -210,6 +211,24 @@ def test_one_run_without_a_map_and_one_that_was_not_measured(dpsgd: RunView, tmp
     assert len([t for t, _ in bare.tags if t == "img"]) == 3
     assert "landscape train --task tiny --algorithm dpsgd" in bare.text
     assert not list(tmp_path.glob(".writing*"))
+
+
+def test_runs_of_other_programs_and_diverged_ones_have_a_report(tmp_path: Path) -> None:
+    origin = {"imported": {"from": ["/home/someone/theirs"], "format": "DDP"}, "assumed": ["learning_rate"]}
+    imported = made_view(tmp_path, "imported", status="imported", outcome=None, log=[], record=origin)
+    alone = Page(write_report(tmp_path / "imported.html", [imported], title="Theirs").read_text(encoding="utf-8"))
+    assert [t for t, _ in alone.tags if t == "img"] == []
+    assert "landscape import theirs --task tiny --out imported" in alone.text
+    died = {"status": "diverged", "outcome": {"outcome": "non-finite", "step": 0}, "record": {"diverged_at": 0}}
+    at_once = made_view(tmp_path, "at once", log=[], **died)
+    later = made_view(tmp_path, "later", log=[{"step": s, "train_loss": 10.0**s} for s in range(5)], **died)
+    both = Page(
+        write_report(tmp_path / "died.html", [at_once, later, imported], title="Died").read_text(encoding="utf-8")
+    )
+    assert "non-finite (at step 0)" in both.text
+    pictures = [attributes["alt"] or "" for tag, attributes in both.tags if tag == "img"]
+    assert "at once ends at nothing logged; later ends at 1.00×10⁴" in pictures[0]
+    assert "imported" not in pictures[0]
 
 
 @pytest.mark.slow
