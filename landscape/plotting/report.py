@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,8 +23,6 @@ from landscape.provenance import provenance
 from landscape.theory.scorecard import scorecard
 
 Form = Literal["html", "md"]
-SYMBOL = re.compile(r"(?<![\w./-])([wλαΔΣσL])_(max|[aewS0-9D])(?![\w-]|\.\w)")
-"""A symbol of theory.md and its index."""
 NEUTRAL = "No conclusions were drawn for this report: the figures and tables below say what was measured."
 
 
@@ -118,7 +115,7 @@ def _subscripts(text: str) -> Markup:
     >>> print(_subscripts("w_a < λ_max, num_draws, a_b.py, L(w_a)"))
     w<sub>a</sub> &lt; λ<sub>max</sub>, num_draws, a_b.py, L(w<sub>a</sub>)
     """
-    return Markup(SYMBOL.sub(r"\1<sub>\2</sub>", str(escape(text))))
+    return Markup(tables.SYMBOL.sub(r"\1<sub>\2</sub>", str(escape(text))))
 
 
 def _replace(path: Path, content: bytes) -> None:

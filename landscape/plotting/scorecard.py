@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from landscape.plotting.style import DOTTED, GREY, Look, axes_or_new, display_name, log_scale, style
-from landscape.plotting.tables import plain
+from landscape.plotting.tables import SYMBOL, plain
 from landscape.plotting.view import RunView
 from landscape.statistics import Z95
 from landscape.theory.scorecard import TOLERANCE, scorecard
@@ -83,7 +83,7 @@ def scorecard_figure(view: RunView, ax: Axes | None = None, tolerance: float = T
             if half > 0:
                 ax.plot([max(value - half, LIMITS[0]), min(value + half, LIMITS[1])], [height, height], color=look.colour, linewidth=0.9, zorder=2)  # fmt: skip
             _point(ax, [value], [height], look, verdict, label)
-    ax.set_yticks(range(len(rows)), [f"{plain(q)}: {plain(p)}" for q, p in rows])
+    ax.set_yticks(range(len(rows)), [row_label(q, p) for q, p in rows])
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     for edge in range(1, len(rows)):
@@ -94,6 +94,16 @@ def scorecard_figure(view: RunView, ax: Axes | None = None, tolerance: float = T
     ax.legend([handles[i] for i in order], [labels[i] for i in order], title=display_name(view.label), alignment="left",
               loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, columnspacing=0.9, handletextpad=0.2)  # fmt: skip
     return ax
+
+
+def row_label(quantity: str, prediction: str) -> str:
+    r"""What a row is called in a figure, where symbols have subscripts and words are few.
+
+    >>> row_label("E alpha_e / alpha", "isotropic"), row_label("smoothness of L~", "bound: duchi")
+    ('E $α_{\\mathrm{e}}$ / α: isotropic kernel', 'smoothed L, estimated bound G/σ (Duchi et al.)')
+    """
+    text = f"{plain(quantity)}: {plain(prediction)}".replace("smoothness of the smoothed L: ", "smoothed L, ")
+    return SYMBOL.sub(r"$\1_{\\mathrm{\2}}$", text)
 
 
 def ratio_with_half_width(row: Mapping[Any, Any]) -> tuple[float, float]:

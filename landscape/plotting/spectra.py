@@ -7,6 +7,7 @@ import math
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from landscape.curvature.density import SpectralDensity
 from landscape.plotting.style import (  # fmt: skip
@@ -67,11 +68,41 @@ def spectral_density(
     ax.set_ylim(floor if not again else min(floor, ax.get_ylim()[0]), None)
     symlog = at.attrs["axis"] == "symlog"
     if symlog:
-        ax.set_xscale("asinh", linear_width=float(at.attrs["linear_threshold"]))
+        threshold = float(at.attrs["linear_threshold"])
+        ax.set_xscale("asinh", linear_width=threshold)
+        ax.xaxis.set_major_locator(FixedLocator(symlog_ticks(*ax.get_xlim(), threshold)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(_power))
     unit = r"density of asinh($\lambda/\lambda_0$)" if symlog else r"density (1 / eigenvalue)"
     ax.set(xlabel=r"eigenvalue $\lambda$", ylabel=unit)
     legend_above(ax, 2)
     return ax
+
+
+def symlog_ticks(low: float, high: float, threshold: float, apart: float = 0.1) -> list[float]:
+    """Zero and powers of ten within the limits, the largest first, as far as they stand a share `apart` of the axis from one another.
+
+    >>> symlog_ticks(-0.5, 100.0, 0.01)
+    [-0.1, 0.0, 0.1, 1.0, 10.0, 100.0]
+    """
+    powers = [
+        10.0**k
+        for k in range(math.floor(math.log10(max(abs(low), abs(high)))), math.ceil(math.log10(threshold)) - 1, -1)
+    ]
+    width = math.asinh(high / threshold) - math.asinh(low / threshold)
+    kept: list[float] = []
+    for value in (0.0, *(sign * p for p in powers for sign in (1, -1))):
+        place = math.asinh(value / threshold)
+        if low <= value <= high and all(abs(place - math.asinh(k / threshold)) >= apart * width for k in kept):
+            kept.append(value)
+    return sorted(kept)
+
+
+def _power(value: float, place: int | None = None) -> str:
+    """A power of ten as a label: plain where that is short."""
+    if value == 0 or 0.0009 < abs(value) < 1e4:
+        return f"{value:g}".replace("-", "−")
+    return rf"${'-' if value < 0 else ''}10^{{{round(math.log10(abs(value)))}}}$"
 
 
 @style()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ VERDICTS = {
     "not applicable": "there is nothing to compare",
 }
 """Every verdict and what it says, as in theory.scorecard."""
+SYMBOL = re.compile(r"(?<![\w./-])([wλαΔΣσL])_(max|[aewS0-9D])(?![\w-]|\.\w)")
+"""A symbol of theory.md and its index."""
 RUN_FACTS = ("algorithm", "order", "topology", "learning_rate", "num_learners", "local_batch_size", "num_steps", "momentum", "weight_decay", "schedule", "seed")  # fmt: skip
 
 
