@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import matplotlib
 import numpy as np
 import pytest
+import xarray as xr
 from matplotlib.container import ErrorbarContainer
 
 from landscape.plotting import alignment, dynamics, maps, noise, smoothing, spectra, stability
 from landscape.plotting.style import LOOKS, WIDTHS, looks, new_figure, save, style
 from landscape.plotting.view import RunView, distinct, load_view
 from landscape.statistics import Z95, wilson_interval
+from tests.plotting.made import made_view
 
 if TYPE_CHECKING:
-    import xarray as xr
     from matplotlib.axes import Axes
 
     from landscape.tasks import Task
@@ -317,6 +318,19 @@ def test_unstable_modes_are_arrows_and_the_others_their_ratios(dpsgd: RunView) -
     np.testing.assert_array_equal(arrows.get_xdata(), at["eigenvalue"].values[:1])
     (container,) = ax.containers
     np.testing.assert_allclose(container.lines[0].get_ydata(), ratio[1:])
+
+
+def test_the_plateau_is_of_a_kernel_that_was_measured(tmp_path: Path) -> None:
+    values = np.array(
+        [[[np.nan] * 3] * 2, [[3.0, 3.1, 3.2], [2.0, 2.1, 2.2]]]
+    )  # SSGD* has no kernel of its learners' own
+    dims = ("kernel", "step", "plateau_index")
+    group = xr.Dataset({"plateau_values": (dims, values), "plateau_steps": (dims, np.ones_like(values) * [1e-3, 1e-2, 1e-1])},
+                       coords={"kernel": ["learners", "isotropic"], "step": [10, 20]})  # fmt: skip
+    ax = smoothing.difference_plateau(made_view(tmp_path, groups={"smoothing": group}), ax=axes())
+    for line, expected in zip(ax.get_lines(), values[1], strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), expected)
+    assert ax.get_legend().get_title().get_text() == "DPSGD, isotropic kernel"
 
 
 def test_a_layer_without_an_exponent_is_open(dpsgd: RunView) -> None:
