@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickletools
 import struct
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +71,16 @@ def _names(content: bytes) -> frozenset[str]:
     """What a pickle of any protocol names, as far as it can be followed."""
     names, strings = set(), ["(hidden)"]
     try:
-        for code, argument, _ in pickletools.genops(io.BytesIO(content)):
-            if code.name in ("GLOBAL", "INST"):
-                module, _, attribute = str(argument).partition(" ")
-                names.add(_full(module, attribute))
-            elif code.name == "STACK_GLOBAL":
-                names.add(".".join(strings[-2:]))
-            elif "UNICODE" in code.name:
-                strings = [*strings[-1:], str(argument)[:200]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of strings with damaged escapes
+            for code, argument, _ in pickletools.genops(io.BytesIO(content)):
+                if code.name in ("GLOBAL", "INST"):
+                    module, _, attribute = str(argument).partition(" ")
+                    names.add(_full(module, attribute))
+                elif code.name == "STACK_GLOBAL":
+                    names.add(".".join(strings[-2:]))
+                elif "UNICODE" in code.name:
+                    strings = [*strings[-1:], str(argument)[:200]]
     except (ValueError, EOFError, IndexError, UnicodeDecodeError, OverflowError):
         pass
     return frozenset(names)

@@ -25,6 +25,7 @@ from torch import nn
 from landscape.checkpoints.format import CheckpointError
 from landscape.checkpoints.importers import torch_file
 from landscape.checkpoints.importers.harmless import LeftOut
+from landscape.checkpoints.importers.pickle_bounds import scan
 from tests.checkpoints.importers.fixtures_torch import Hostile, Network, legacy, pickled, trained
 
 Write = Callable[[Any, Path], Path]
@@ -351,3 +352,9 @@ def test_a_network_with_tied_weights_is_read_with_them_tied(tmp_path: Path) -> N
     path = zipped(module.state_dict(), tmp_path / "a.pt")
     read = torch_file.tensors_of(torch_file.load(path), path)
     assert read["first.weight"].alias == read["second.weight"].alias
+
+
+def test_damaged_escapes_in_a_string_are_no_warning() -> None:
+    found = scan(b"cos\nsystem\nS'\\\x06'\n.")
+    assert found.names == {"os.system"}
+    assert found.problem
