@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from departing import leave
 from torch import Tensor, nn
 
 from landscape.checkpoints.lightning_callback import import_lightning, recorder_callback
@@ -55,3 +56,4 @@ if __name__ == "__main__":
         ],
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=4))
+    leave()

@@ -7,6 +7,7 @@ from typing import Any
 import recorder_example
 import torch
 import torch.distributed as dist
+from departing import leave
 
 import landscape as ls
 
@@ -34,4 +35,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for kind in ("ddp", "gossip"):
         recorder_example.train(kind, str(OUT / kind))
-    dist.destroy_process_group()
+    leave()

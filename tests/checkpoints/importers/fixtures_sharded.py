@@ -37,6 +37,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from landscape.checkpoints.importers.found import Weights
 from landscape.checkpoints.importers.notes import Made, Named, Table
 from landscape.checkpoints.importers.torch_archive import archive
+from tests.checkpoints.departing import leave
 
 ROOT = Path(__file__).parents[3]
 STEPS = 3
@@ -453,7 +454,7 @@ def main() -> None:
     for write in GROUPS[group]:
         write(folder, dist.get_rank())
         dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
