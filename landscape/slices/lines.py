@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +126,29 @@ class LineSlice:
         )  # fmt: skip
         return made
 
+    @classmethod
+    def from_xarray(cls, found: xr.Dataset) -> LineSlice:
+        """What `to_xarray` made, to draw it again; its line is without weights, see `Line.from_attributes`."""
+        values = (found[name].values for name in ("position", "loss", "loss_stderr", "smoothing_stderr", "covariance"))
+        return cls(Line.from_attributes(found.attrs), *values, **stored_attributes(found.attrs))
+
 
 def slice_attributes(found: Any) -> dict[str, Any]:
     """What every slice says of itself: kernel, BatchNorm, examples, objective."""
     population = "all" if found.population is None else found.population
     return {**found.description, "kernel": found.kernel, "batch_norm": found.batch_norm, "population": population, "num_examples": found.num_examples}  # fmt: skip
+
+
+def stored_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `slice_attributes` wrote, as fields; the description is all the attributes that are there."""
+    population = attributes["population"]
+    return {
+        "kernel": str(attributes["kernel"]),
+        "batch_norm": str(attributes["batch_norm"]),
+        "population": None if population == "all" else float(population),
+        "num_examples": int(attributes["num_examples"]),
+        "description": dict(attributes),
+    }
 
 
 def line_slice(

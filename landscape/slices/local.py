@@ -66,6 +66,12 @@ class QuadraticModel:
             attrs={"asymmetry": self.asymmetry},
         )  # fmt: skip
 
+    @classmethod
+    def from_xarray(cls, found: xr.Dataset) -> QuadraticModel:
+        """What `to_xarray` made."""
+        arrays = (found[name].values for name in ("slope", "curvature", "lengths_slope", "lengths_curvature"))
+        return cls(float(found["loss"]), *arrays, asymmetry=float(found.attrs["asymmetry"]))
+
 
 def quadratic_model(
     objective: Objective,

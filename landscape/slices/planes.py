@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,11 @@ class Projection:
             }
         )  # fmt: skip
 
+    @classmethod
+    def from_xarray(cls, found: xr.Dataset) -> Projection:
+        """What `to_xarray` made."""
+        return cls(*(found[name].values for name in ("coordinates", "lengths", "left_out", "distance")))
+
 
 @dataclass(frozen=True)
 class Line:
@@ -86,7 +93,15 @@ class Line:
     @property
     def attributes(self) -> dict[str, Any]:
         """For the attributes of results."""
-        return {"kind": self.kind, "length": self.length, **({} if self.seed is None else {"seed": self.seed})}
+        found: dict[str, Any] = {"kind": self.kind, "name": self.name, "length": self.length}
+        return found if self.seed is None else {**found, "seed": self.seed}
+
+    @classmethod
+    def from_attributes(cls, found: Mapping[str, Any]) -> Line:
+        """A stored line, without its weights: the origin is 0 and the direction a number, of the line's length. Enough to draw it."""
+        direction = torch.tensor([float(found["length"])], dtype=torch.float64)
+        seed = int(found["seed"]) if "seed" in found else None
+        return cls(torch.zeros(1, dtype=torch.float64), direction, str(found["kind"]), str(found["name"]), seed)
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,17 @@ class Plane:
         if self.shares is not None:
             found["first_share"], found["second_share"] = self.shares
         return found
+
+    @classmethod
+    def from_attributes(cls, found: Mapping[str, Any]) -> Plane:
+        """A stored plane, without its weights: two dimensions in which the axes have their lengths and angle. Enough to draw it."""
+        cosine, length = float(found["cosine"]), float(found["second_length"])
+        first = torch.tensor([float(found["first_length"]), 0.0], dtype=torch.float64)
+        second = torch.tensor([length * cosine, length * math.sqrt(1 - cosine**2)], dtype=torch.float64)
+        names = (str(found["first_name"]), str(found["second_name"]))
+        seed = int(found["seed"]) if "seed" in found else None
+        shares = (float(found["first_share"]), float(found["second_share"])) if "first_share" in found else None
+        return cls(torch.zeros(2, dtype=torch.float64), first, second, str(found["kind"]), names, seed, shares)
 
 
 # Ways to choose them -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import xarray as xr
 
 from landscape.objective import Objective
 from landscape.slices.evaluate import BatchNormSlices, SmoothingKernel, settle_batch_norm
-from landscape.slices.lines import rising, slice_attributes
+from landscape.slices.lines import rising, slice_attributes, stored_attributes
 from landscape.slices.moments import check_population, point_losses
 from landscape.slices.planes import Plane
 from landscape.slices.refinement import refine
@@ -94,6 +94,18 @@ class PlaneSlice:
         if self.tolerance is not None:
             made.attrs["tolerance"], made.attrs["relative_tolerance"] = self.tolerance
         return made
+
+    @classmethod
+    def from_xarray(cls, found: xr.Dataset) -> PlaneSlice:
+        """What `to_xarray` made, to draw it again; its plane is without weights, see `Plane.from_attributes`."""
+        a = found.attrs
+        plane = Plane.from_attributes({k.removeprefix("plane_"): v for k, v in a.items() if k.startswith("plane_")})
+        limits = (float(a["tolerance"]), float(a["relative_tolerance"])) if "tolerance" in a else None
+        return cls(
+            plane, found["first"].values, found["second"].values, found["loss"].values, found["evaluated"].values.astype(bool),
+            **{name: found[name].values for name in ERRORS}, origin_loss=float(found["origin_loss"]), tolerance=limits,
+            **stored_attributes(a),
+        )  # fmt: skip
 
 
 def plane_slice(

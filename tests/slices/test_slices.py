@@ -1,6 +1,7 @@
 """Losses along lines and over planes against closed forms, and errors over examples against their scatter."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from landscape.slices import (
     line_between,
     line_slice,
     plane_slice,
+    quadratic_model,
     random_plane,
 )
 from landscape.slices.surfaces import PlaneSlice
@@ -346,3 +348,36 @@ def test_labelled_forms_say_where_they_come_from_and_can_be_stored(tmp_path: Pat
     before = {n: p.clone() for n, p in net.state_dict().items()}
     assert net.training
     assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_what_was_stored_is_drawn_again(tolerance: float | None, tmp_path: Path) -> None:
+    """All but the weights comes back from a file: numbers, axes with their lengths and angle, names, kernel, examples."""
+    problem = quadratic()
+    origin, first, second = vectors(3, 6)
+    plane = Plane(origin, first, second, "chosen", ("one", "other"), seed=3, shares=(0.5, 0.25))
+    objective, kernel = problem.objective(), learners_kernel(5, 6)
+    surface = plane_slice(objective, plane, GRID, GRID[:4], kernel=kernel, population=1000, tolerance=tolerance)
+    line = line_slice(objective, Line(origin, first, "chosen", "one", seed=3), GRID, population=math.inf)
+    seen, model = plane.project(vectors(4, 6, seed=5)), quadratic_model(objective, plane)
+    made = {"surface": surface, "line": line, "seen": seen, "model": model}
+    save_groups({name: one.to_xarray() for name, one in made.items()}, tmp_path / "slices.nc")
+    kept = load_groups(tmp_path / "slices.nc")
+    for name, one in made.items():
+        again = type(one).from_xarray(kept[name])
+        for field in fields(one):
+            before, after = getattr(one, field.name), getattr(again, field.name)
+            if isinstance(before, Plane | Line):
+                for key, value in before.attributes.items():
+                    assert after.attributes[key] == (
+                        value if isinstance(value, str) else pytest.approx(value, rel=1e-12)
+                    )
+            elif isinstance(before, np.ndarray):
+                np.testing.assert_array_equal(after, before)
+            elif field.name == "description":  # of which BatchNorm's is the slice's own
+                assert {k: v for k, v in before.items() if k != "batch_norm"}.items() <= after.items()
+            else:
+                assert after == before, field.name
+    again = PlaneSlice.from_xarray(kept["surface"])
+    np.testing.assert_allclose(again.lengths, surface.lengths, rtol=1e-12, atol=1e-12)
+    assert again.plane.names == ("one", "other")
