@@ -137,12 +137,13 @@ def loss_surface(
             ax.plot(*learners.lengths.T, floor, "o", color=LEARNERS, markeredgecolor="black", markersize=4,
                     label=f"{_number(learners, 'learner')}, {_left_out(learners)}")  # fmt: skip
         ax.set_zlim(floor, high)
-    ax.set(xlabel=_axis_label(found, 0), ylabel=_axis_label(found, 1))
+    ax.set_xlabel(_axis_label(found, 0), labelpad=9)  # below the ticks, which two lines would meet
+    ax.set_ylabel(_axis_label(found, 1), labelpad=9)
     ax.set_zlabel(r"$\log_{10}$ loss (nats)" if logarithmic else "loss (nats)")
     ax.view_init(elev=32, azim=-55)
     ax.set_box_aspect((4, 4, 3), zoom=0.88)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(title=_title(found), loc="upper left", bbox_to_anchor=(0.0, 1.06), alignment="left")
+        ax.legend(title=_title(found), loc="upper left", bbox_to_anchor=(0.0, 1.0), alignment="left")
     elif _title(found):
         ax.set_title(_title(found), loc="left")
     return ax

@@ -89,7 +89,7 @@ def _place(path: Path, rng: random.Random, _: Path) -> str:
     kind = rng.choice(
         ["gone", "link out", "link to itself", "dangling", "folder", "pipe", "renamed", "copied", "other's"]
     )
-    others = sorted(p for p in path.parent.iterdir() if p.is_file() and p != path)
+    others = sorted(p for p in path.parent.iterdir() if p.is_file() and not p.is_symlink() and p != path)
     if kind == "copied":
         (
             path.parent / rng.choice(["copy.pt", "model_rank7.pt", "step-7.pt", "__9_0.distcp", f"x{path.name}"])

@@ -201,6 +201,25 @@ def test_a_flipped_bit_in_a_tensor_file_is_found_and_the_file_named(tmp_path: Pa
     assert open_run(tmp_path / "run").learners(0).step == 0
 
 
+@pytest.mark.parametrize("learner", [0, 1])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_tensor_file_without_a_tensor_that_is_listed_is_named(tmp_path: Path, learner: int, listed: bool) -> None:
+    """Its name was damaged in the file's header; or the record, well sealed, lists another."""
+    folder = checkpoint_folder(write_run(tmp_path / "run"))
+    name = f"learner-0000{learner}-of-00003.safetensors"
+    path, record = folder / name, unseal(folder / "state.json")
+    parameter = record["parameters"][0][0]
+    if listed:
+        path.write_bytes(path.read_bytes().replace(f'"{parameter}"'.encode(), f'"{parameter[:-1]}~"'.encode(), 1))
+        said = rf"{name} is damaged: its checksum"
+    else:
+        record["parameters"][0][0] = "another"
+        (folder / "state.json").write_bytes(seal(record))
+        said = r"learner-00000-of-00003\.safetensors lacks another, which state\.json lists"
+    with pytest.raises(CheckpointError, match=said):
+        open_run(tmp_path / "run").learners(5)
+
+
 @pytest.mark.parametrize("name", ["learner-00000-of-00003.safetensors", "optimizer-00000-of-00003.safetensors"])
 @pytest.mark.parametrize("keep", [0, 10, -1])
 def test_a_truncated_tensor_file_is_named_with_its_sizes(tmp_path: Path, name: str, keep: int) -> None:

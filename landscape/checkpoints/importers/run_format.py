@@ -13,7 +13,7 @@ from torch import Tensor
 
 from landscape.checkpoints.format import STATE_FILE, STEP_PATTERN, CheckpointError, digest_of, shard_name, unseal
 from landscape.checkpoints.importers.found import Found, OptimizerState, Stored, Weights
-from landscape.checkpoints.naming import Names
+from landscape.checkpoints.naming import Names, some
 
 FORMAT = "landscape's run format"
 KNOWN = {
@@ -123,7 +123,8 @@ def names_of(state: dict[str, Any], tensors: Mapping[str, Stored]) -> Names:
 
 def _learner(folder: Path, state: dict[str, Any], index: int, count: int) -> Weights:
     name = shard_name("learner", index, count)
-    tensors = _tensors(folder, name, state["files"])
+    needed = [*(parameter for parameter, _ in state["parameters"]), *state.get("frozen", [])]
+    tensors = _tensors(folder, name, state["files"], needed)
     slots: dict[str, dict[str | int, Stored]] = {}
     if state["momentum"] or state.get("moments"):
         held = _tensors(folder, shard_name("optimizer", index, count), state["files"])
@@ -134,8 +135,10 @@ def _learner(folder: Path, state: dict[str, Any], index: int, count: int) -> Wei
     return Weights(str(folder / name), tensors, OptimizerState(slots) if slots else None)
 
 
-def _tensors(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> dict[str, Stored]:
-    """The tensors of one file, whose checksum is compared before the first of them is read."""
+def _tensors(
+    folder: Path, name: str, files: dict[str, dict[str, Any]], needed: Sequence[str] = ()
+) -> dict[str, Stored]:
+    """The tensors of one file, `needed` among them; its checksum is compared before the first of them is read."""
     path, expected = folder / name, files.get(name)
     if expected is None:
         raise CheckpointError(f"{folder / STATE_FILE} does not list {name}")
@@ -151,10 +154,14 @@ def _tensors(folder: Path, name: str, files: dict[str, dict[str, Any]]) -> dict[
             raise CheckpointError(f"{path} is damaged: its checksum is not the one recorded when it was written")
 
     try:
-        return mapped(path, before=check)
+        found = mapped(path, before=check)
+        missing = [tensor for tensor in needed if tensor not in found]
+        if missing:
+            raise CheckpointError(f"{path} lacks {some(missing)}, which {STATE_FILE} lists")
     except CheckpointError:
         check()  # which says more
         raise
+    return found
 
 
 DTYPES = {
