@@ -14,12 +14,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from landscape.checkpoints import Learners
+from landscape.objective import Objective
 from landscape.plotting.style import style
 from landscape.results import load_groups, save_groups
 from landscape.statistics import Estimate
 from paper_figs import __main__ as driver
-from paper_figs import claims, digits, fig_rescue, fig_scorecard, fig_self_adjusting, manifest, panels
+from paper_figs import (
+    claims,
+    digits,
+    fig_rescue,
+    fig_scorecard,
+    fig_self_adjusting,
+    fig_slices,
+    manifest,
+    overview,
+    panels,
+)
 from paper_figs.claims import Headline, caption, count, finding, headline
 from paper_figs.recorded import Recorded, read_recorded, write_recorded
 from paper_figs.scales import SCALES
@@ -230,8 +244,8 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
 
 def test_kept_data_are_small_name_no_folder_and_hold_no_weights() -> None:
     files = sorted((DATA / "recorded").glob("*.nc"))
-    assert {"digits.nc"} <= {f.name for f in files} <= {"digits.nc", "rescue.nc"}
-    assert sum(f.stat().st_size for f in files) < 1_000_000
+    assert {"digits.nc"} <= {f.name for f in files} <= {"digits.nc", "rescue.nc", "slices.nc"}
+    assert all(f.stat().st_size < 1_000_000 for f in files)
     for file in files:
         for group in load_groups(file).values():
             assert all("/tmp" not in str(v) and "/home" not in str(v) for v in group.attrs.values())
@@ -339,3 +353,41 @@ def test_the_driver_draws_every_claim_in_three_formats(tmp_path: Path, capsys: p
     written = {p.name for p in tmp_path.iterdir()}
     assert written == {f"{name}.{kind}" for name in NAMES for kind in ("pdf", "svg", "png")}
     assert capsys.readouterr().err == ""
+
+
+def test_slices_say_what_their_numbers_are() -> None:
+    """By other ways: the smoothed loss at the origin is the mean of the learners' losses, and the model's rise is that of its own curvature."""
+    data = read("fig_slices")
+    for at in data.at.values():
+        plain, smoothed = at.lines[0], next(line for line in at.lines if line.kernel == "learners")
+        centre = len(plain.positions) // 2
+        assert plain.positions[centre] == pytest.approx(0, abs=1e-12)
+        assert smoothed.loss[centre] - plain.loss[centre] == pytest.approx(at.rise, rel=1e-3)
+        seen = (at.learners.lengths @ at.model.lengths_curvature * at.learners.lengths).sum(1).mean() / 2
+        assert seen < at.model_rise * 1.001 or at.model.lengths_curvature.min() < 0  # the plane has a part of the whole
+        assert at.barriers.shape == (15,)
+        assert (at.barriers >= 0).all()
+    early, late = (data.at[step] for step in fig_slices.STEPS)
+    assert fig_slices.headlines(data)["rise_ratio_20"].value == early.rise / early.model_rise
+    assert early.rise > late.rise
+
+
+def test_slices_of_a_quadratic_rise_as_its_model_says(tmp_path: Path) -> None:
+    """Linear regression: the ratio is 1, and nothing rises between learners."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = (torch.randn(40, k, generator=generator, dtype=torch.float64) for k in (4, 2))
+    objective = Objective(nn.Linear(4, 2).double(), nn.functional.mse_loss, (inputs, targets))
+    weights = torch.randn(6, objective.num_parameters, generator=generator, dtype=torch.float64)
+    groups = fig_slices.slices(objective, Learners(3, weights, objective.model.layout))
+    save_groups({f"step-3/{name}": part for name, part in groups.items()}, tmp_path / "slices.nc")
+    at = fig_slices._at(load_groups(tmp_path / "slices.nc"), "step-3")
+    assert at.rise == pytest.approx(at.model_rise, rel=1e-9)
+    assert at.barriers.max() < 1e-9
+    np.testing.assert_allclose(at.plane.loss, at.model.at(np.stack(np.meshgrid(at.plane.first, at.plane.second, indexing="ij"), -1)), rtol=1e-9)  # fmt: skip
+
+
+def test_the_overview_of_the_readme_is_drawn_from_the_kept_data() -> None:
+    figure = overview.draw()
+    figure.draw_without_rendering()
+    assert [bool(panel.has_data()) for panel in figure.axes] == [True] * 3
+    assert overview.OUT.with_suffix(".png").exists()
