@@ -18,7 +18,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
 from landscape.plotting.style import DOTTED, dodge, half_width, log_scale, looks, new_figure, save, style
 from paper_figs.shared import label_columns, main_of, say_scale, shared_legend
@@ -26,6 +26,8 @@ from paper_figs.studies.declared import VARIANTS
 from paper_figs.studies.stored import Stored
 
 ROW_HEIGHT = 1.9
+WIDE = 5.0
+"""Ratio of effective to nominal rate from which the axis is logarithmic away from 0."""
 KINDS = {"both": "all seeds of SSGD and DPSGD converge", "differ": "where SSGD and DPSGD differ most"}
 
 
@@ -115,6 +117,11 @@ def _rate(panel: Axes, runs: dict[str, xr.Dataset]) -> None:
                 gid="predicted",
                 zorder=5,
             )
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in panel.lines])
+    if np.abs(drawn[np.isfinite(drawn)]).max() > WIDE:
+        panel.set_yscale("symlog", linthresh=2)
+        panel.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=2))
+        panel.minorticks_off()
     panel.set_ylabel(r"$\mathrm{E}\,\alpha_e/\alpha$")
 
 

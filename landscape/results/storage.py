@@ -53,12 +53,18 @@ def load_groups(path: str | Path) -> dict[str, xr.Dataset]:
         return {}
     try:
         with xr.open_datatree(path, engine="h5netcdf") as tree:
-            return {
-                node.path.strip("/") or "/": node.to_dataset(inherit=False).load().drop_encoding()
-                for node in tree.subtree
-            }
+            return {node.path.strip("/") or "/": _whole(node).load().drop_encoding() for node in tree.subtree}
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _whole(node: xr.DataTree) -> xr.Dataset:
+    """A group with the coordinates of its dimensions, of which a file keeps those that are the parent's with the parent alone."""
+    own, inherited = node.to_dataset(inherit=False), node.to_dataset(inherit=True).coords
+    shared = {
+        name: c for name, c in inherited.items() if name not in own.coords and c.dims and set(c.dims) <= set(own.dims)
+    }
+    return own.assign_coords(shared)
 
 
 def load_dataset(path: str | Path) -> xr.Dataset:
