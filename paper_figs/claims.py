@@ -165,5 +165,5 @@ def caption(claim: str, numbers: Mapping[str, Headline], scale: str) -> list[str
     return [
         f"Claim: {claim}",
         f"By these numbers: {finding(numbers)}. " + "; ".join(str(n) for n in numbers.values()) + ".",
-        f"Scale: {scale}. ± one standard error; [+] supports, [−] contradicts the claim, [?] leaves it open, [·] context.",
+        f"Scale: {scale}. Numbers ± one standard error, bars and bands 95% intervals; [+] supports, [−] contradicts the claim, [?] leaves it open, [·] context.",
     ]

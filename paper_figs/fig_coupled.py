@@ -55,4 +55,4 @@ def draw(data: Recorded) -> Figure:
         stability_margin(atc, panels[1, 1])
         weight_variance([awc], panels[2, 0])
         weight_variance([atc], panels[2, 1])
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)

@@ -68,7 +68,7 @@ def draw(data: Recorded) -> Figure:
         noise_law(ssgd, b)
         step_noise_spectra(dpsgd, c)
         _top_share(dpsgd, list(WORDS), d)
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)
 
 
 @style()

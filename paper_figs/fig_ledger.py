@@ -53,7 +53,7 @@ def draw(data: Recorded) -> Figure:
         for place, view in enumerate(views):
             one_step_ledger(view, figure.add_subplot(grid[place // 2, place % 2]))
         _ratios(views, figure.add_subplot(grid[2, :]))
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)
 
 
 @style()

@@ -75,7 +75,7 @@ def draw(data: Recorded) -> Figure:
     with style():
         figure = new_figure("two-column", height=0.24 * card["comparison"].nunique() + 2.4)
         _cells(card, figure.subplots())
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)
 
 
 @style()

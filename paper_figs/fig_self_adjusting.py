@@ -64,7 +64,7 @@ def draw(data: Recorded) -> Figure:
         weight_variance(views[2:], spread)
         _ratios(views, each)
         effective_learning_rate(views[2], predicted)
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)
 
 
 @style()

@@ -102,11 +102,10 @@ class Slices:
 def compute(work: Path, scale: Scale, folder: Path) -> Path:
     """Train DPSGD as the recorded run of the other figures was trained, and slice it at two checkpoints, with all training examples."""
     recorded = digits.read(folder).views["dpsgd"].run
+    words = f"{scale.words}, learning rate {recorded.config.learning_rate:g}"
     path = work / f"slices-{scale.name}"
     run = train(get_task(recorded.task), recorded.config, path, resume=(path / RUN_FILE).exists())
-    groups = {
-        "/": stamp(xr.Dataset(), scale=scale.words, made_by=f"python -m paper_figs --recompute --scale {scale.name}")
-    }
+    groups = {"/": stamp(xr.Dataset(), scale=words, made_by=f"python -m paper_figs --recompute --scale {scale.name}")}
     objective = run_objective(run, None, None, scale.device, False, MeasureConfig())[0]
     for step in STEPS:
         groups |= {f"step-{step}/{name}": part for name, part in slices(objective, run.learners(step)).items()}
@@ -207,5 +206,5 @@ def draw(data: Slices) -> Figure:
             for panel in (plane, line):
                 legend = panel.get_legend()
                 assert legend is not None
-                legend.set_title(f"step {step}")
+                legend.set_title(f"DPSGD, step {step}")
         return finish(figure, CLAIM, headlines(data), data.scale)

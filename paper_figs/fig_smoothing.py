@@ -65,4 +65,4 @@ def draw(data: Recorded) -> Figure:
         kink_part(dpsgd, b)
         smoothness_bounds(dpsgd, c)
         smoothness_bounds(star, d)
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)

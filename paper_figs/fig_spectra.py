@@ -35,8 +35,8 @@ def headlines(data: Recorded) -> dict[str, Headline]:
         "dpsgd_last": headline(
             Estimate(last["dpsgd"]), f"αλ_max/2 at step {step}: DPSGD", whether(last["dpsgd"] < min(1.0, others)), tolerance=0.5
         ),
-        "ssgd_last": headline(Estimate(last["ssgd"]), "SSGD", whether(last["ssgd"] > 1), tolerance=5.0),
-        "ssgd_star_last": headline(Estimate(last["ssgd-star"]), "SSGD*", whether(last["ssgd-star"] > 1), tolerance=5.0),
+        "ssgd_last": headline(Estimate(last["ssgd"]), "SSGD", whether(last["ssgd"] > 1), tolerance=1.0),
+        "ssgd_star_last": headline(Estimate(last["ssgd-star"]), "SSGD*", whether(last["ssgd-star"] > 1), tolerance=1.0),
         **{
             f"{label.replace('-', '_')}_above": count(int((tops[label] > 1).sum()), len(tops[label]), f"checkpoints above 2/α, {display_name(label)}")
             for label in ALGORITHMS
@@ -54,7 +54,7 @@ def draw(data: Recorded) -> Figure:
             _spectrum(view, look, ax)
         for ax in panels[1:]:
             ax.set_ylabel("")
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.runs_in_words)
 
 
 @style()

@@ -62,4 +62,4 @@ def draw(data: Recorded) -> Figure:
         convergence_probability(data.stability_map, b)
         threshold_sensitivity(data.stability_map, data.separation.learning_rate, c)
         time_to_threshold(data.stability_map, d)
-        return finish(figure, CLAIM, headlines(data), data.scale)
+        return finish(figure, CLAIM, headlines(data), data.map_in_words)

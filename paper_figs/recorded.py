@@ -74,6 +74,17 @@ class Recorded:
     stability_map: xr.Dataset
     separation: Separation
 
+    @property
+    def runs_in_words(self) -> str:
+        """The scale and the rate of the recorded runs."""
+        return f"{self.scale}, learning rate {self.separation.learning_rate:g}"
+
+    @property
+    def map_in_words(self) -> str:
+        """The scale of the stability map."""
+        grid, trained = self.stability_map.sizes, self.scale.partition(";")[0]
+        return f"{trained}; a run of each algorithm at {grid['learning_rate']} rates and {grid['seed']} seeds"
+
     def some(self, *labels: str) -> list[RunView]:
         """The runs of these labels.
 
