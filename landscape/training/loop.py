@@ -25,6 +25,7 @@ from landscape.training.algorithms import Evaluation, LocalUpdate, Step
 from landscape.training.communicator import Communicator, StackedCommunicator, Take, spread
 from landscape.training.config import GOSSIPING, TrainConfig
 from landscape.training.faults import FaultyCommunicator
+from landscape.training.fitting import check_fits
 from landscape.training.minibatches import Minibatches, stacks_well
 from landscape.training.noise import NoiseProfile
 from landscape.training.rules import RULES
@@ -94,6 +95,7 @@ class Program:
         models = {seed: task.initial_model(seed) for seed in dict.fromkeys(self.seeds)}
         self._initial = [FunctionalModel(models[seed], task.loss_fn).initial_weights() for seed in self.seeds]
         module = models[self.seeds[0]]
+        check_fits(task.name, FunctionalModel(module, task.loss_fn).evaluation(), train)
         batched = not config.reproducible and (
             config.batching == "stacked" or (config.batching == "auto" and stacks_well(module))
         )
