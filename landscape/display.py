@@ -150,6 +150,16 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}".replace("-", "−")
 
 
+def span(values: np.ndarray) -> str:
+    """Smallest and largest of some numbers, as far as they are finite.
+
+    >>> span(np.array([2.0, math.inf, 0.5])), span(np.array([math.nan]))
+    ('0.5 to 2', '–')
+    """
+    known = np.asarray(values)[np.isfinite(values)]
+    return f"{number(float(known.min()), 4)} to {number(float(known.max()), 4)}" if known.size else "–"
+
+
 def with_error(value: float, stderr: float) -> str:
     """A number with its standard error, both to the error's second digit.
 

@@ -67,15 +67,17 @@ print(learners)
 # ## Measure it
 # At a checkpoint we hold the learners where they are and draw fresh minibatches many times: every number below is a mean over such
 # draws, with its error. A handful of draws will do here; `landscape measure` takes more, and also measures the curvature of
-# smoothed landscapes.
+# smoothed landscapes. What a run of yours has been measured for already is taken as it is.
 
 # %%
 steps = [s for s in run.steps if s > 0][:: max(1, len(run.steps) // 5)]
 settings = ls.MeasureConfig(num_draws=8, num_smoothing_samples=4, num_eigenpairs=3, max_matvecs=8)
 wanted = ("effective-learning-rate", "noise", "ledger")
-if not path:
-    ls.measure(run, measures=wanted, steps=steps, settings=settings, quiet=True)
 view = load_view(run.path)
+lacking = tuple(name for name in wanted if name not in view.groups)
+if lacking:
+    ls.measure(run, measures=lacking, steps=steps, settings=settings, quiet=True)
+    view = load_view(run.path)
 print("measured:", ", ".join(view.groups))
 
 # %% [markdown]
@@ -128,7 +130,7 @@ _ = dynamics.one_step_ledger(view)
 
 # %%
 table = verdict_table(view)
-for quantity, prediction, verdicts, _, ratio in table.rows:
+for quantity, _, prediction, verdicts, ratio in table.rows:
     said = ", ".join(f"{word} {count}x" for word, count in verdicts)
     print(f"{quantity:20s} {prediction:34s} {said:32s} ratio {ratio}")
 

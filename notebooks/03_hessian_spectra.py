@@ -25,12 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
 from torch import nn
 
 import landscape as ls
 from landscape.curvature import GradientDifferenceOperator
 from landscape.data.digits import digits
 from landscape.models import mlp
+from landscape.plotting.spectra import spectral_density
+from landscape.plotting.style import Look
 from landscape.tasks import get_task
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -76,19 +79,14 @@ density = ls.spectral_density(H, num_probes=5, num_steps=60, eigenpairs=pairs, a
 density
 
 # %% [markdown]
-# Line: the estimate. Bars: all 610 eigenvalues. Below, what would show that something is wrong: an eigenvalue off by more than its residual,
+# Line: the estimate. Grey: all 610 eigenvalues. Below, what would show that something is wrong: an eigenvalue off by more than its residual,
 # a trace off by many standard errors, a density far from the truth in the mean distance between sorted eigenvalues (Wasserstein).
 
 # %%
-_, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-z = np.arcsinh(exact / density.linear_threshold)
-ax.hist(z, bins=80, density=True, color="0.75", label="exact")
-ax.plot(density.coordinate, density.density, color="#0072B2", label="estimate")
-marks = np.array([-0.1, -0.01, 0.0, 0.01, 0.1, 1.0, 10.0])
-marks = marks[(marks >= density.grid[0]) & (marks <= density.grid[-1])]
-ax.set_xticks(np.arcsinh(marks / density.linear_threshold), [f"{m:g}" for m in marks])
-ax.set(xlabel=r"eigenvalue $\lambda$", ylabel="density", yscale="log", ylim=(1e-4, None))
-ax.legend(frameon=False)
+_, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+heights, edges = np.histogram(np.arcsinh(exact / density.linear_threshold), bins=80, density=True)
+ax.stairs(heights, density.linear_threshold * np.sinh(edges), fill=True, color="0.75", label="all eigenvalues")
+spectral_density(density, ax, label="estimate")
 plt.show()
 error = np.abs(pairs.values - exact[:10])
 print(f"largest error of the ten in their residuals: {np.max(error / pairs.residuals):.2g}")
@@ -123,16 +121,13 @@ for step in (0, 50, 100, 150):
         top,
         ls.spectral_density(H, num_probes=2, num_steps=30, eigenpairs=top, axis="symlog", linear_threshold=1e-2),
     )
-colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(found)))
+colours = [to_hex(c) for c in plt.colormaps["viridis"](np.linspace(0, 0.6, len(found)))]
 
 # %%
-_, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-for colour, (step, (_, _, _, density)) in zip(colours, found.items(), strict=True):
-    ax.plot(density.coordinate, density.density, color=colour, label=f"step {step}")
-marks = np.array([-1.0, -0.1, -0.01, 0.0, 0.01, 0.1, 1.0, 10.0])
-ax.set_xticks(np.arcsinh(marks / 1e-2), [f"{m:g}" for m in marks])
-ax.set(xlabel=r"eigenvalue $\lambda$", ylabel="density", yscale="log", ylim=(1e-6, None))
-ax.legend(frameon=False)
+_, axes = plt.subplots(2, 2, figsize=(8, 6.4), layout="constrained")
+for ax, colour, (step, (_, _, _, density)) in zip(axes.flat, colours, found.items(), strict=True):
+    spectral_density(density, ax, label=f"step {step}", look=Look(colour, "-", "o"))
+    ax.set_xlim(-1.5, 20)
 plt.show()
 
 # %% [markdown]
@@ -140,8 +135,8 @@ plt.show()
 # vectors), not bands: the truth above was smooth there. What can be read off is how much lies where.
 #
 # Nearly all directions are flat, and a handful stand out. For ten classes the Gauss-Newton part has nine or ten large directions, one a
-# class up to their common mean; the picture would be wrong if the largest eigenvalues came down without a step after about the tenth, or
-# if the step moved as the classes stay the same.
+# class up to their common mean, once training has told the classes apart. From step 50 on the picture would be wrong if the largest eigenvalues came down
+# without a step after about the tenth, or if the step moved as the classes stay the same; at step 0 there is none yet.
 
 # %%
 _, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")

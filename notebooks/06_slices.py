@@ -15,8 +15,8 @@
 # # Slices of the landscape
 #
 # A picture of a loss over millions of weights is a picture of a line or a plane through them, and which plane is chosen decides what is seen. This
-# notebook cuts one run of DPSGD along six: a random one, the lines between learners, the plane of the learners' disagreement, the plane of
-# the sharpest directions, the plane of the trajectory, and the same once more as a surface. Each says how much of what it shows lies in
+# notebook cuts one run of DPSGD along five: a random line, the lines between learners, the plane of the learners' disagreement, the plane of
+# the sharpest directions, and the plane of the trajectory, which is shown as a surface too. Each says how much of what it shows lies in
 # the plane at all.
 
 # %%

@@ -16,7 +16,7 @@
 #
 # A task is a network, a loss and data; a topology is a graph or a doubly stochastic matrix. Neither has to be registered anywhere. The example
 # is chosen so that theory has no excuse: linear regression, where the landscape is a quadratic, the noise is known, and the spread that the
-# learners keep can be predicted to the digit before anything is trained.
+# learners keep can be predicted within a few per cent before anything is trained.
 
 # %%
 import os

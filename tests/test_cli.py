@@ -73,7 +73,7 @@ def test_train_measure_report_inspect(tmp_path: Path, capsys: pytest.CaptureFixt
         "stable while alpha lambda_max < 2 (mean), 0.667 (disagreement)" in captured.err
         or "(disagreement)" in captured.err
     )
-    assert "complete" in captured.out
+    assert "complete, too short to judge, median training loss of w_a over the last 4 steps" in captured.out
     assert run([*SHORT, "--out", path]) == 2
     assert "already holds a run; continue it with --resume, or replace it with --overwrite" in capsys.readouterr().err
     assert run([*SHORT, "--out", path, "--resume"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,6 +25,7 @@ from landscape.noise.covariance import CovarianceSummary
 from landscape.noise.rows_covariance import ReplicaCovariance
 from landscape.noise.spectrum import CovarianceSpectrum
 from landscape.noise.tails import NoiseScale, TailIndex, tail_index
+from landscape.slices import Barrier, GradientField, Line, LineSlice, Plane, PlaneSlice, Projection, QuadraticModel
 from landscape.statistics import Estimate
 from landscape.theory.flatness import VarianceFlatness
 from landscape.theory.power_law import PowerLaw, power_law
@@ -74,7 +76,52 @@ def results() -> list[Displayed]:
         SmoothedCurvature("learners", 0.1, 3, 2.5, 0.0, -1.0, 0.1, 2.0, 0.01, (0.003, 0.01, 0.03), (nan, 2.5, 2.4), 1.0, 0.0, 9),
         SmoothingLength("isotropic", 2.0, "not reached", nan, nan, nan, (0.25, 1.0), (5.0, inf), (0.1, nan), 4),
         CoupledStability(nan, nan, 1.02, False, nan, 40),
+        *slices(),
     ]  # fmt: skip
+
+
+def slices() -> list[Displayed]:
+    """Slices with losses that are not finite, along axes of a name from outside."""
+    unit = torch.eye(2, dtype=torch.float64)
+    line, plane = Line(unit[0], unit[1], name=HOSTILE), Plane(unit[0], unit[0], unit[1], names=(HOSTILE, "second"))
+    loss = np.array([[1.0, math.nan], [math.inf, 2.0]])
+    errors = [loss] * 5
+    about: dict[str, Any] = {
+        "kernel": "none",
+        "batch_norm": "frozen",
+        "population": None,
+        "num_examples": 1000,
+        "description": {},
+    }
+    two = np.array([0.0, 1.0])
+    return [
+        Barrier(Estimate(0.25, 0.01), 0.5), Barrier(Estimate(math.inf, math.nan), 0.5),
+        LineSlice(line, two, loss[0], two, two, loss, **about), LineSlice(line, two, two, two, two, loss, **about),
+        PlaneSlice(plane, two, two, loss, np.isfinite(loss), *errors, 0.5, None, **about),
+        QuadraticModel(0.5, two, np.eye(2), two, np.diag([3.0, 4.0]), 0.0), QuadraticModel(0.5, two, loss, two, loss, math.nan),
+        Projection(np.ones((3, 2)), np.ones((3, 2)), np.array([0.0, 3.0, 1.0]), np.array([0.0, 5.0, 2.0])),
+        GradientField(plane, two, two, np.ones((2, 2, 2)), np.ones((2, 2, 2)), np.zeros((2, 2, 2)), np.zeros((2, 2)), "none"),
+    ]  # fmt: skip
+
+
+def test_slices_show_the_numbers_they_hold() -> None:
+    shown = {
+        type(s).__name__: {str(name): text(value) for name, value, _ in s.shown().rows} for s in reversed(slices())
+    }
+    assert shown["Barrier"] == {"height": "0.250 ± 0.010", "position": "0.5"}
+    assert (shown["LineSlice"]["loss"], shown["LineSlice"]["not finite"], shown["LineSlice"]["along"]) == (
+        "1 to 1",
+        "1",
+        HOSTILE,
+    )
+    assert (shown["PlaneSlice"]["grid"], shown["PlaneSlice"]["loss"], shown["PlaneSlice"]["evaluated"]) == (
+        "2 × 2",
+        "1 to 2",
+        "50%",
+    )
+    assert shown["QuadraticModel"]["curvature met"] == "4, 3"
+    assert (shown["Projection"]["left out"], shown["Projection"]["share left out"]) == ("0 to 3", "0.5 to 0.6")
+    assert repr(slices()[0]) == "Barrier(height=0.250 ± 0.010 nats, position=0.5)"
 
 
 @pytest.mark.parametrize("result", results(), ids=lambda r: type(r).__name__)

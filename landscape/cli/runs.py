@@ -50,6 +50,7 @@ class Train:
     def run(self) -> None:
         """Run it."""
         from landscape.experiments.train import train
+        from landscape.tasks import CONVERGENCE_WINDOW
 
         with started(self.config.device, self.timeout) as ranks:
             with ranks.agree():
@@ -64,13 +65,14 @@ class Train:
                 quiet=self.quiet,
             )
         if not self.quiet and launched().leads:
-            outcome = run.record["outcome"]
-            detail = (
-                f", median training loss of w_a over the last 50 steps {outcome['median_last_train_loss']:.4g}"
-                if "median_last_train_loss" in outcome
-                else f" at step {outcome['step']}"
-            )
-            print(f"{run.path}: {run.status}, {outcome['outcome']}{detail}")
+            ended, steps = run.record["outcome"], run.config.num_steps
+            verdict = ended["outcome"]
+            if "median_last_train_loss" in ended:
+                verdict = verdict if steps >= CONVERGENCE_WINDOW else "too short to judge"
+                detail = f", median training loss of w_a over the last {min(CONVERGENCE_WINDOW, steps)} steps {ended['median_last_train_loss']:.4g}"
+            else:
+                detail = f" at step {ended['step']}"
+            print(f"{run.path}: {run.status}, {verdict}{detail}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Inspect:
-    """What a run or checkpoint is: format, learners or average or shards, step, tensors. Reads no tensor data, runs nothing."""
+    """What a run or checkpoint is: format, learners or average or shards, step, tensors. Runs nothing, and reads no tensor data but of files of torch.save before 1.6, which can only be read whole."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(name="PATH")]
     """A run, or files, folders or globs of a checkpoint, whatever wrote it."""

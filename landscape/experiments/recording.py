@@ -15,14 +15,12 @@ from landscape.checkpoints.writer import RunWriter
 from landscape.data.dataset import Examples
 from landscape.functional import Buffers
 from landscape.ranks import current
-from landscape.tasks import Task
+from landscape.tasks import CONVERGENCE_WINDOW, Task
 from landscape.training.config import GOSSIPING, TrainConfig
 from landscape.training.evaluate import evaluate, recalibrated
 from landscape.training.loop import Program
 from landscape.training.state import LearnerState
 
-CONVERGENCE_WINDOW = 50
-"""Steps at the end of a run on which convergence is judged (theory.md sec. 8)."""
 SPARSE_WINDOW = 5
 """Where losses are taken on a part of the data, because all would take longer than training: every so many of these steps."""
 

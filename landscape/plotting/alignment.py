@@ -11,6 +11,8 @@ from landscape.plotting.style import (
     DASHED,
     DOTTED,
     LOOKS,
+    MARKERS,
+    PALEST,
     SPARE,
     Look,
     axes_or_new,
@@ -22,6 +24,7 @@ from landscape.plotting.style import (
     log_scale,
     over_steps,
     style,
+    whole_numbers,
 )
 from landscape.plotting.view import RunView
 
@@ -123,7 +126,8 @@ def step_noise_spectra(view: RunView, ax: Axes | None = None) -> Axes:
             **look.line_options(),
         )
     log_scale(ax)
-    ax.set(xlabel="eigenvalue", ylabel=r"variance of a step (weights$^2$)")
+    whole_numbers(ax, "x")
+    ax.set(xlabel="number of the eigenvalue", ylabel=r"variance of a step (weights$^2$)")
     legend_above(ax, 1, f"{display_name(view.label)}, step {step}")
     return ax
 
@@ -173,12 +177,11 @@ def rate_by_layer(view: RunView, ax: Axes | None = None) -> Axes:
     at = view.group("effective-learning-rate")
     steps = at["step"].values
     names = [str(v) for v in at["layer"].values]
-    shades = np.linspace(0.1, 0.8, len(names))
-    markers = "osD^vP*Xphd<>"
+    shades = np.linspace(0.0, PALEST, len(names))
     for i, (name, shade) in enumerate(zip(names, shades, strict=True)):
         part = at.sel(layer=name)
         ax.errorbar(dodge(steps, i, len(names)), part["alpha_e_ratio_by_layer_mean"].values, half_width(part["alpha_e_ratio_by_layer_stderr"].values),
-                    marker=markers[i % len(markers)], color=(0.0, 0.45 * (1 - shade), 0.7 * (1 - shade)) if len(names) <= 8 else str(shade), label=name)  # fmt: skip
+                    marker=MARKERS[i % len(MARKERS)], color=(0.0, 0.45 * (1 - shade), 0.7 * (1 - shade)) if len(names) <= 8 else str(shade), label=name)  # fmt: skip
     ax.axhline(1, color="#777777", linewidth=0.8, linestyle=DOTTED, zorder=0)
     over_steps(ax, r"$\alpha_e/\alpha$ of the layer")
     legend_above(ax, 4, f"{display_name(view.label)}, by layer")

@@ -31,8 +31,8 @@ def reproduce_commands(views: Sequence[RunView], report: str = "report.html") ->
     said = _versions(views)
     for view in sorted(views, key=lambda v: isinstance(v.run.config.sigma0, str)):  # what follows a run needs that run
         said += ["", f"# {view.label}", *_made(view), *_measured(view)]
-    names = " ".join(_directory(v) for v in views)
-    return "\n".join([*said, "", _wrapped(["landscape report", names, f"--out {shlex.quote(report)}"])])
+    names = [_directory(v) for v in views]
+    return "\n".join([*said, "", _wrapped(["landscape report", *names, f"--out {shlex.quote(report)}"])])
 
 
 def train_command(view: RunView) -> str:
@@ -59,14 +59,14 @@ def _train_parts(view: RunView) -> list[str]:
 
 
 def _measure_parts(view: RunView) -> list[list[str]]:
-    alike: dict[tuple[str, str], list[str]] = {}
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, group in view.groups.items():
-        steps = " ".join(str(int(s)) for s in group["step"].values)
+        steps = tuple(str(int(s)) for s in group["step"].values)
         alike.setdefault((str(group.attrs.get("settings", "{}")), steps), []).append(name)
     found = []
     for (settings, steps), names in alike.items():
         told = {k: v for k, v in json.loads(settings).items() if k != "data" and v is not None}
-        found.append([f"landscape measure {_directory(view)}", f"--measures {' '.join(names)}", *([f"--steps {steps}"] if steps else []),
+        found.append([f"landscape measure {_directory(view)}", *_words("--measures", names), *_words("--steps", steps),
                       *(_flag(k, v) for k, v in told.items())])  # fmt: skip
     return found
 
@@ -96,6 +96,15 @@ def _made(view: RunView) -> list[str]:
 
 def _measured(view: RunView) -> list[str]:
     return [_wrapped(parts) for parts in _measure_parts(view)]
+
+
+def _words(flag: str, values: Sequence[str]) -> list[str]:
+    """A flag of several values in parts between which a line may end; nothing without values.
+
+    >>> _words("--steps", ["0", "20", "40"])
+    ['--steps 0', '20', '40']
+    """
+    return [f"{flag} {values[0]}", *values[1:]] if values else []
 
 
 def _directory(view: RunView) -> str:

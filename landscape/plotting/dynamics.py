@@ -24,6 +24,7 @@ from landscape.plotting.style import (
     marker_places,
     over_steps,
     style,
+    symlog_scale,
 )
 from landscape.plotting.view import RunView
 
@@ -40,6 +41,9 @@ LEDGER_PARTS = {
     "across": (r"curvature across $g$", "#D55E00", "\\\\\\"),
     "mixed": (r"mixed", "#BBBBBB", "xxx"),
 }
+
+FAR = 30.0
+"""Ratio of the largest checkpoint of a ledger to the smallest from which a linear axis would hide the small ones."""
 
 
 @style()
@@ -152,10 +156,14 @@ def weight_variance(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
 
 @style()
 def one_step_ledger(view: RunView, ax: Axes | None = None) -> Axes:
-    """What one plain step changes L(w_a) by: predicted as the sum of its parts (bars), and realised; 95% intervals."""
+    """What one plain step changes L(w_a) by: predicted as the sum of its parts (bars), and realised; 95% intervals.
+
+    Where checkpoints differ more than FAR-fold in size the axis is logarithmic in both directions: of stacked bars read the ends, not the lengths.
+    """
     ax = axes_or_new(ax)
     at = view.group("ledger")
     place = np.arange(at.sizes["step"])
+    ax.use_sticky_edges = False  # of stacked bars, whose ends would lie on the frame
     above, below = np.zeros(len(place)), np.zeros(len(place))
     for name, (text, colour, hatch) in LEDGER_PARTS.items():
         values = at[f"{name}_mean"].values
@@ -166,6 +174,10 @@ def one_step_ledger(view: RunView, ax: Axes | None = None) -> Axes:
         ax.errorbar(place + shift, at[f"{name}_mean"].values, half_width(at[f"{name}_stderr"].values), linestyle="none",
                     marker="D" if name == "predicted" else "o", color="black", markerfacecolor=face, label=f"{name} change")  # fmt: skip
     ax.axhline(0, color="black", linewidth=0.8)
+    sizes = np.maximum(above, -below)
+    smallest = float(sizes[sizes > 0].min(initial=np.inf))
+    if sizes.max() > FAR * smallest:
+        symlog_scale(ax, smallest / 2)
     ax.set_xticks(place[:: max(1, len(place) // 8)], [str(s) for s in at["step"].values[:: max(1, len(place) // 8)]])
     ax.set(xlabel="checkpoint (step)", ylabel=r"change of $L(w_a)$ in one step (nats)")
     legend_above(ax, 3, display_name(view.label))

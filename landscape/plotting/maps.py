@@ -12,7 +12,16 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter, NullLocator
 
-from landscape.plotting.style import DOTTED, axes_or_new, band_at_top, display_name, legend_above, looks, style
+from landscape.plotting.style import (
+    DOTTED,
+    axes_or_new,
+    band_at_top,
+    display_name,
+    legend_above,
+    looks,
+    style,
+    whole_numbers,
+)
 from landscape.theory.edges import convergence, stability_edge
 
 OUTCOMES: dict[str, tuple[str, str]] = {
@@ -120,6 +129,7 @@ def threshold_sensitivity(
     ax.set_ylim(-0.03 * total, total * 1.03)
     where = "all rates" if learning_rate is None else f"α = {learning_rate:g}"
     ax.set(xlabel="threshold on the median last training loss (nats)", ylabel=f"converged, of {total} runs ({where})")
+    whole_numbers(ax)
     legend_above(ax, 3)
     return ax
 
@@ -164,6 +174,7 @@ def time_to_threshold(stability_map: xr.Dataset, ax: Axes | None = None) -> Axes
             if len(reached) < len(row):
                 never.append((float(place), i, look.colour, len(row) - len(reached)))
     _rate_axis(ax, rates)
+    whole_numbers(ax)
     ax.set_ylim(0, float(table["step"].max()) * 1.03)
     if never:
         rows = band_at_top(ax, len(names), f"seeds of {table.sizes['seed']} that never get there:")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -105,7 +106,7 @@ def as_html(document: Document) -> str:
     """The document as one HTML page that loads nothing."""
     source = resources.files("landscape.plotting").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters["subscripts"] = _subscripts
+    environment.filters |= {"subscripts": _subscripts, "unbroken": _unbroken}
     return environment.from_string(source).render(**vars(document), verdicts=tables.VERDICTS)
 
 
@@ -116,6 +117,15 @@ def _subscripts(text: str) -> Markup:
     w<sub>a</sub> &lt; λ<sub>max</sub>, num_draws, a_b.py, L(w<sub>a</sub>)
     """
     return Markup(tables.SYMBOL.sub(r"\1<sub>\2</sub>", str(escape(text))))
+
+
+def _unbroken(text: str) -> Markup:
+    """Commands whose flags are kept on one line each: browsers would break them after a hyphen.
+
+    >>> print(_unbroken("landscape measure a --num-draws 6"))
+    landscape measure a <span>--num-draws</span> 6
+    """
+    return Markup(re.sub(r"(?<!\S)--[\w-]+", r"<span>\g<0></span>", str(escape(text))))
 
 
 def _replace(path: Path, content: bytes) -> None:

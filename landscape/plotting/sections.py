@@ -60,13 +60,20 @@ def training(views: Sequence[RunView]) -> Section:
     spread = "; ".join(f"{display_name(v.label)} ends at sigma_w {_last(v, 'sigma_w')}" for v in views)
     pictures = [
         _picture(partial(dynamics.training_loss, views), f"Training loss of the average weights against the step: {last}.",
-                 "Training loss of the average w_a over all training data."),
+                 f"Training loss of the average w_a over {_examples(views)}."),
         _picture(partial(dynamics.held_out_accuracy, views), f"Held-out accuracy of the average weights against the step: {right}.",
                  "Held-out accuracy of w_a; the band spans the single learners."),
         _picture(partial(dynamics.weight_variance, views), f"Per-parameter variance of the weights across learners against the step: {spread}. Arrows mark checkpoints where the prediction is infinite.",
                  "How far the learners differ, and what minibatch noise alone would sustain on the local quadratic (open markers). An arrow: that quadratic is unstable, so no such value exists."),
     ]  # fmt: skip
     return Section("training", "How training went", "One run each, with checkpoints.", pictures, notes=_unstable(views))
+
+
+def _examples(views: Sequence[RunView]) -> str:
+    """On which training examples losses were logged, in words."""
+    counts = list(dict.fromkeys(v.run.record.get("evaluation_examples") for v in views))
+    told = ["all training data" if n is None else f"{n:,} training examples, a fixed random choice" for n in counts]
+    return f"{' or '.join(told)}, by the run" if len(told) > 1 else told[0]
 
 
 def measured(views: Sequence[RunView]) -> list[Section]:
@@ -91,7 +98,7 @@ def measured(views: Sequence[RunView]) -> list[Section]:
         _per_run("smoothing", "How smooth is the smoothed landscape?", "Estimated bounds: they rest on the largest gradient met, so they are not proofs. A bound far above the measurement is vacuous, and its ratio says how far.",
                  smoothed, "smoothing", smoothing.smoothness_bounds, "Measured smoothness below its estimated bounds", "The legend gives the median of bound over measurement."),
         _per_run("kinks", "Curvature at the kinks", "A ReLU network has curvature at its kinks that automatic differentiation does not see. It is measured as the derivative of the smoothed gradient less the average Hessian. "
-                 "Differences are only as good as their step: the second figure of a run should be flat.", smoothed, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", "95% intervals over sampled deviations; the learners' own kernel is exact.", _each(smoothed, "smoothing", smoothing.difference_plateau, "Curvature against the step of the finite differences", "A flat line: the result does not hang on the step of the differences.")),
+                 "Differences are only as good as their step: the second figure of a run should be flat.", smoothed, "smoothing", smoothing.kink_part, "Part of the largest curvature that sits at the kinks", _kinks, _each(smoothed, "smoothing", smoothing.difference_plateau, "Curvature against the step of the finite differences", "Where the line is flat the result does not hang on the step of the differences.")),
         _per_run("alignment", "Where the noise points", "Whether noise is large where curvature is: the share of each noise along the top eigenvectors of the Hessian. "
                  "Isotropic noise would put the same tiny share, one over the number of weights, on each.", views, "alignment", alignment.noise_law,
                  "Share of each noise along eigenvectors of the Hessian against their eigenvalues", "The last checkpoint measured. A thin line: the points do not carry an exponent.", _each(views, "alignment-by-layer", alignment.layer_exponents, "Exponent of minibatch noise on curvature by layer", "Exponents by layer; open: the layer does not carry one.", height=2.4)),
@@ -127,7 +134,7 @@ def _has(view: RunView, measure: str, variable: str | None = None) -> bool:
 
 def _per_run(
     identifier: str, title: str, text: str, views: Sequence[RunView], measure: str,
-    draw: Callable[..., Axes], alternative: str, caption: str, more: Sequence[Picture] = (), follow: str | None = None,
+    draw: Callable[..., Axes], alternative: str, caption: str | Callable[[RunView], str], more: Sequence[Picture] = (), follow: str | None = None,
 ) -> Section:  # fmt: skip
     """A section with a figure of each run that has the measure; `follow` is the variable that its alternative text tells."""
     pictures = []
@@ -136,8 +143,15 @@ def _per_run(
         steps = [int(s) for s in at["step"].values]
         where = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
         told = _course(at[follow]) if follow is not None and follow in at else ""
-        pictures.append(_picture(partial(draw, view), f"{alternative}, {name}, {where}.{told}", f"{name}. {caption}"))
+        said = caption if isinstance(caption, str) else caption(view)
+        pictures.append(_picture(partial(draw, view), f"{alternative}, {name}, {where}.{told}", f"{name}. {said}"))
     return Section(identifier, title, text, [*pictures, *more])
+
+
+def _kinks(view: RunView) -> str:
+    if not smoothing.is_smoothed(view):
+        return "All learners are equal, so nothing is smoothed: the curvature is that of the loss itself, by differences of its gradient."
+    return "95% intervals over sampled deviations; the learners' own kernel is exact."
 
 
 def _course(values: xr.DataArray) -> str:

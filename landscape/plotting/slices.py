@@ -15,6 +15,7 @@ from matplotlib.patches import Polygon
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D
+from scipy.interpolate import RegularGridInterpolator
 
 from landscape.plotting.smoothing import KERNEL_NAMES
 from landscape.plotting.style import (
@@ -31,6 +32,7 @@ from landscape.plotting.style import (
     style,
 )
 from landscape.slices import GradientField, LineSlice, PlaneSlice, Projection, QuadraticModel
+from landscape.slices.planes import DISAGREEMENT
 from landscape.statistics import Z95
 
 COLOURS = "YlGnBu_r"
@@ -86,7 +88,8 @@ def loss_contours(
         text = f"{_number(learners, 'learner')}, {_left_out(learners, ax)}"
         ax.plot(*learners.lengths.T, "o", color=LEARNERS, markeredgecolor="black", markersize=5, zorder=6, label=text, gid="learners")  # fmt: skip
     halo = [withStroke(linewidth=3, foreground="white")]
-    ax.plot(0, 0, "+", color="black", markersize=8, markeredgewidth=1.4, zorder=5.8, label="origin", path_effects=halo)
+    middle = r"$w_a$" if found.plane.kind == DISAGREEMENT else "origin"
+    ax.plot(0, 0, "+", color="black", markersize=8, markeredgewidth=1.4, zorder=5.8, label=middle, path_effects=halo)
     ax.set(xlabel=_axis_label(found, 0), ylabel=_axis_label(found, 1))
     legend_above(ax, 2, _title(found))
     return ax
@@ -100,9 +103,10 @@ def loss_surface(
     learners: Projection | None = None,
     trajectory: Projection | None = None,
 ) -> Axes:
-    """The loss over a plane as a surface, logarithmic where it ranges widely, with holes where it is not finite.
+    """The loss over a plane as a surface, logarithmic where it ranges widely, with holes where it is not finite; its contours on the floor.
 
-    Learners and trajectory are drawn on the floor: the loss at their nearest points of the plane is not theirs.
+    Learners and trajectory lie on the surface, and are drawn over whatever stands before them: their height is the loss at their nearest points of
+    the plane, which is not their own.
 
     Args:
         found: the slice.
@@ -128,19 +132,20 @@ def loss_surface(
         low, high = float(np.nanmin(height)), float(np.nanmax(height))
         floor = low - 0.35 * max(high - low, 1e-12)
         colours = colormaps[COLOURS](Normalize(low, high)(height))
-        ax.plot_surface(x, y, height, facecolors=colours, rcount=60, ccount=60, linewidth=0, antialiased=False, shade=False)  # fmt: skip
+        ax.computed_zorder = False  # what lies on the surface is not to be hidden by it
+        ax.plot_surface(x, y, height, facecolors=colours, rcount=60, ccount=60, linewidth=0, antialiased=False, shade=False, zorder=2)  # fmt: skip
         if high > low:
-            ax.contour(x, y, np.ma.masked_invalid(height), levels=levels, zdir="z", offset=floor, cmap=COLOURS, linewidths=0.8)  # fmt: skip
+            ax.contour(x, y, np.ma.masked_invalid(height), levels=levels, zdir="z", offset=floor, cmap=COLOURS, linewidths=0.8, zorder=1)  # fmt: skip
         if trajectory is not None:
-            ax.plot(*trajectory.lengths.T, floor, color=PATH, linewidth=1, label=f"trajectory, {_left_out(trajectory)}")  # fmt: skip
+            _raised(ax, found, height, trajectory, "trajectory", marker=".", color=PATH, linewidth=1.2, zorder=3)
         if learners is not None:
-            ax.plot(*learners.lengths.T, floor, "o", color=LEARNERS, markeredgecolor="black", markersize=4,
-                    label=f"{_number(learners, 'learner')}, {_left_out(learners)}")  # fmt: skip
+            _raised(ax, found, height, learners, _number(learners, "learner"), linestyle="none", marker="o", color=LEARNERS, markeredgecolor="black",
+                    markersize=4, zorder=4)  # fmt: skip
         ax.set_zlim(floor, high)
     ax.set_xlabel(_axis_label(found, 0), labelpad=9)  # below the ticks, which two lines would meet
     ax.set_ylabel(_axis_label(found, 1), labelpad=9)
     ax.set_zlabel(r"$\log_{10}$ loss (nats)" if logarithmic else "loss (nats)")
-    ax.view_init(elev=32, azim=-55)
+    ax.view_init(elev=40, azim=-55)
     ax.set_box_aspect((4, 4, 3), zoom=0.88)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(title=_title(found), loc="upper left", bbox_to_anchor=(0.0, 1.0), alignment="left")
@@ -183,8 +188,9 @@ def loss_lines(
         )
         ax.set_ylim(low, high)
     if learners is not None:
-        ax.plot(learners.lengths[:, 0], np.zeros(len(learners.lengths)), "|", color=LEARNERS, markersize=12, markeredgewidth=1.6, clip_on=False,
-                transform=ax.get_xaxis_transform(), label=f"{_number(learners, 'learner')}, {_left_out(learners)}", gid="learners")  # fmt: skip
+        ticks: dict[str, Any] = {"marker": "|", "color": LEARNERS, "linestyle": "none", "markeredgewidth": 1.6}
+        ax.plot(learners.lengths[:, 0], np.zeros(len(learners.lengths)), markersize=12, clip_on=False, transform=ax.get_xaxis_transform(), gid="learners", **ticks)  # fmt: skip
+        ax.plot([], [], markersize=6, label=f"{_number(learners, 'learner')}, {_left_out(learners)}", **ticks)
     ax.set(xlabel=f"distance along {line.name} (weights)", ylabel="loss (nats)")
     legend_above(ax, 2)
     return ax
@@ -319,6 +325,16 @@ def _path(ax: Axes, trajectory: Projection) -> None:
         zorder=5.5,
         label="its start",
     )
+
+
+def _raised(ax: Axes3D, found: PlaneSlice, height: np.ndarray, points: Projection, noun: str, **look: Any) -> None:
+    """Points on the surface that stands above the grid; those beside it, or over its holes, are counted in the legend."""
+    surface = RegularGridInterpolator((found.first, found.second), height, bounds_error=False)
+    above = surface(points.coordinates)
+    beside = int(np.isnan(above).sum())
+    text = f"{noun} on the surface,\n{_left_out(points)}" + (f"; {beside} outside" if beside else "")
+    halo = [withStroke(linewidth=2.6, foreground="white")]
+    ax.plot(*points.lengths.T, above, label=text, path_effects=halo, gid=noun, **look)
 
 
 def _number(points: Projection, noun: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 
 from landscape.plotting.style import (
@@ -12,7 +14,9 @@ from landscape.plotting.style import (
     DASHED,
     DOTTED,
     INDIGO,
+    MARKERS,
     OCHRE,
+    PALEST,
     PREDICTION_LOOKS,
     Look,
     axes_or_new,
@@ -54,9 +58,8 @@ def kink_part(view: RunView, ax: Axes | None = None) -> Axes:
     for i, kernel in enumerate(kernels):
         part = at.sel(kernel=kernel)
         look = PREDICTION_LOOKS[kernel]
-        name = "no smoothing" if float(part["sigma_w"].max()) == 0 else KERNEL_NAMES[kernel]
         ax.errorbar(dodge(at["step"].values, i, len(kernels)), part["kink_part"].values, half_width(part["lambda_max_stderr"].values),
-                    label=name, **look.line_options())  # fmt: skip
+                    label=_kernel_name(part, kernel), **look.line_options())  # fmt: skip
     ax.axhline(0, color="#777777", linewidth=0.8)
     over_steps(ax, r"kink part of $\lambda_{\max}$ (nats / weights$^2$)")
     legend_above(ax, 2, display_name(view.label))
@@ -123,17 +126,26 @@ def difference_plateau(view: RunView, kernel: str | None = None, ax: Axes | None
         ]
         kernel = measured[-1] if measured else "learners"
     part = at.sel(kernel=kernel)
-    shades = np.linspace(0.15, 0.8, part.sizes["step"])
-    for (step, at), shade in zip(part.groupby("step"), shades, strict=True):
-        ax.plot(at["plateau_steps"].values.ravel(), at["plateau_values"].values.ravel(), marker="o", color=str(1 - shade),
+    shades = np.linspace(PALEST, 0.0, part.sizes["step"])
+    for (step, at), shade, marker in zip(part.groupby("step"), shades, cycle(MARKERS)):
+        ax.plot(at["plateau_steps"].values.ravel(), at["plateau_values"].values.ravel(), marker=marker, color=str(shade),
                 label=f"step {step}")  # fmt: skip
     log_scale(ax, "x")
     ax.set(
         xlabel="difference step e (length in weight space)",
         ylabel=r"curvature along the top vector (nats / weights$^2$)",
     )
-    legend_above(ax, 4, f"{display_name(view.label)}, {KERNEL_NAMES[kernel]}")
+    legend_above(ax, 4, f"{display_name(view.label)}, {_kernel_name(part, kernel)}")
     return ax
+
+
+def is_smoothed(view: RunView) -> bool:
+    """Whether the learners of a run differ, so that their kernels smooth at all."""
+    return bool((view.group("smoothing")["sigma_w"] > 0).any())
+
+
+def _kernel_name(part: xr.Dataset, kernel: str) -> str:
+    return KERNEL_NAMES[kernel] if (part["sigma_w"] > 0).any() else "no smoothing"
 
 
 def _short(value: float) -> str:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from landscape.curvature.density import SpectralDensity
+from landscape.plotting.dynamics import with_looks
 from landscape.plotting.style import (  # fmt: skip
     DOTTED,
     GREY,
@@ -22,6 +22,7 @@ from landscape.plotting.style import (  # fmt: skip
     log_if_wide,
     over_steps,
     style,
+    symlog_scale,
 )
 from landscape.plotting.view import RunView
 
@@ -68,41 +69,11 @@ def spectral_density(
     ax.set_ylim(floor if not again else min(floor, ax.get_ylim()[0]), None)
     symlog = at.attrs["axis"] == "symlog"
     if symlog:
-        threshold = float(at.attrs["linear_threshold"])
-        ax.set_xscale("asinh", linear_width=threshold)
-        ax.xaxis.set_major_locator(FixedLocator(symlog_ticks(*ax.get_xlim(), threshold)))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(FuncFormatter(_power))
+        symlog_scale(ax, float(at.attrs["linear_threshold"]), "x")
     unit = r"density of asinh($\lambda/\lambda_0$)" if symlog else r"density (1 / eigenvalue)"
     ax.set(xlabel=r"eigenvalue $\lambda$", ylabel=unit)
     legend_above(ax, 2)
     return ax
-
-
-def symlog_ticks(low: float, high: float, threshold: float, apart: float = 0.1) -> list[float]:
-    """Zero and powers of ten within the limits, the largest first, as far as they stand a share `apart` of the axis from one another.
-
-    >>> symlog_ticks(-0.5, 100.0, 0.01)
-    [-0.1, 0.0, 0.1, 1.0, 10.0, 100.0]
-    """
-    powers = [
-        10.0**k
-        for k in range(math.floor(math.log10(max(abs(low), abs(high)))), math.ceil(math.log10(threshold)) - 1, -1)
-    ]
-    width = math.asinh(high / threshold) - math.asinh(low / threshold)
-    kept: list[float] = []
-    for value in (0.0, *(sign * p for p in powers for sign in (1, -1))):
-        place = math.asinh(value / threshold)
-        if low <= value <= high and all(abs(place - math.asinh(k / threshold)) >= apart * width for k in kept):
-            kept.append(value)
-    return sorted(kept)
-
-
-def _power(value: float, place: int | None = None) -> str:
-    """A power of ten as a label: plain where that is short."""
-    if value == 0 or 0.0009 < abs(value) < 1e4:
-        return f"{value:g}".replace("-", "−")
-    return rf"${'-' if value < 0 else ''}10^{{{round(math.log10(abs(value)))}}}$"
 
 
 @style()
@@ -112,22 +83,23 @@ def top_eigenvalues(view: RunView, ax: Axes | None = None) -> Axes:
     Open markers: the eigenvalue did not converge within the products allowed, so it is a lower bound in size.
     """
     ax = axes_or_new(ax)
+    ((_, look),) = with_looks([view])
     at = view.group("curvature")
     steps, values = at["step"].values, at["eigenvalue"].values
     loose = ~at["converged"].values.astype(bool) & np.isfinite(values)
     count = int(np.isfinite(values).any(0).sum())
     for i in range(count - 1, 0, -1):
-        ax.plot(steps, values[:, i], color="#9DB8CC", linewidth=0.8, marker=".", markersize=3, zorder=1, label=f"next {count - 1}" if i == 1 else None)  # fmt: skip
-    ax.plot(steps, values[:, 0], color="#0072B2", linestyle="-", marker="o", label=r"largest at $w_a$", zorder=3)
+        ax.plot(steps, values[:, i], color=look.colour, alpha=0.55, linewidth=0.7, marker=".", markersize=3, zorder=1, label=f"next {count - 1}" if i == 1 else None)  # fmt: skip
+    ax.plot(steps, values[:, 0], label=r"largest at $w_a$", zorder=3, **look.line_options())
     rows, columns = np.nonzero(loose)
     if len(rows):
-        ax.plot(steps[rows], values[rows, columns], "o", color="#0072B2", markerfacecolor="white", markersize=3.5, gid="not-converged",
+        ax.plot(steps[rows], values[rows, columns], linestyle="none", marker=look.marker, color=look.colour, markerfacecolor="white", markersize=3.5, gid="not-converged",
                 label="not converged", zorder=4)  # fmt: skip
     drawn = values[:, 0].tolist()
     if "learner_lambda_max" in at and view.run.config.algorithm == "dpsgd":
         each = at["learner_lambda_max"].values
-        ax.plot(steps, each, linestyle="none", marker="x", markersize=4, color="#D55E00", zorder=2)
-        ax.plot([], [], linestyle="none", marker="x", markersize=4, color="#D55E00", label="largest of each learner")
+        ax.plot(steps, each, linestyle="none", marker="x", markersize=4, color="#000000", zorder=2)
+        ax.plot([], [], linestyle="none", marker="x", markersize=4, color="#000000", label="largest of each learner")
         drawn += each[np.isfinite(each)].tolist()
     if "lambda_min" in at and (at["lambda_min"] < 0).any():
         ax.plot(steps, at["lambda_min"].values, color="#000000", linestyle=DOTTED, marker="v", label="most negative")

@@ -86,7 +86,7 @@ def coupled_growth(views: Sequence[RunView], ax: Axes | None = None) -> Axes:
         loose = ~at["coupled_converged"].values.astype(bool)
         if loose.any():
             ax.plot(x[loose], growth[loose], linestyle="none", marker=look.marker, color=look.colour, markerfacecolor="white",
-                    gid="not-converged", label=f"{display_name(view.label)}: not converged", zorder=5)  # fmt: skip
+                    gid="not-converged", label=f"{display_name(view.label)}: eigenvalue not converged", zorder=5)  # fmt: skip
         drawn += growth.tolist()
     ax.axhline(1, color="#888888", linewidth=1.0, linestyle=DOTTED, label="limit of stability: 1", zorder=0)
     log_if_wide(ax, drawn, 10.0)

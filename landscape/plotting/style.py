@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import Container
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, LogFormatterSciNotation, MaxNLocator, NullLocator
 
 from landscape.statistics import Z95
 
@@ -30,6 +30,11 @@ WIDTHS = {"one-column": 3.4, "two-column": 7.0, "report": 4.7}
 
 INDIGO, OCHRE, GREY = "#332288", "#8A5A00", "#777777"
 """For lines on white, where Okabe and Ito's sky blue, orange and light greys have less than the 3:1 contrast that WCAG asks of graphics."""
+
+PALEST = 0.57
+"""Lightest grey of a line on white, for the same reason, as matplotlib counts from 0 to 1."""
+MARKERS = "osD^vP*Xphd<>"
+"""Of series that have no look of their own."""
 
 RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -214,7 +219,7 @@ def legend_above(ax: Axes, columns: int = 3, title: str | None = None) -> None:
 
 def over_steps(ax: Axes, quantity: str) -> None:
     """Label the axes of something over training steps, which are whole numbers."""
-    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    whole_numbers(ax, "x")
     ax.set(xlabel="step", ylabel=quantity)
 
 
@@ -225,8 +230,13 @@ def log_if_wide(ax: Axes, values: Iterable[float], ratio: float = 30.0) -> None:
         log_scale(ax)
 
 
+def whole_numbers(ax: Axes, axis: str = "y") -> None:
+    """Ticks of a count at whole numbers only."""
+    (ax.yaxis if axis == "y" else ax.xaxis).set_major_locator(MaxNLocator(nbins="auto", integer=True))
+
+
 def log_scale(ax: Axes, axis: str = "y") -> None:
-    """A logarithmic axis whose labels are plain numbers where those are short."""
+    """A logarithmic axis whose labels are plain numbers where those are short, all of them or none."""
     (ax.set_yscale if axis == "y" else ax.set_xscale)("log")
     side = ax.yaxis if axis == "y" else ax.xaxis
     side.set_major_formatter(_PlainLog())
@@ -236,7 +246,59 @@ def log_scale(ax: Axes, axis: str = "y") -> None:
 class _PlainLog(LogFormatterSciNotation):
     def __call__(self, x: float, pos: int | None = None) -> str:
         text = super().__call__(x, pos)
-        return f"{x:g}" if text and 0.0009 < x < 1e4 else text
+        low, high = sorted(map(float, self.axis.get_view_interval()))  # type: ignore[union-attr]
+        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+        if last > first:  # powers of ten alone are labelled
+            low, high = 10.0**first, 10.0**last
+        return f"{x:g}" if text and _is_short(low) and _is_short(high) else text
+
+
+def _is_short(value: float) -> bool:
+    """Whether a number is short when it is written out."""
+    return 0.0009 < abs(value) < 1e4
+
+
+def symlog_scale(ax: Axes, threshold: float, axis: str = "y") -> None:
+    """An asinh axis, linear well below the threshold and logarithmic above, with powers of ten of both signs within the limits as ticks."""
+    (ax.set_yscale if axis == "y" else ax.set_xscale)("asinh", linear_width=threshold)
+    ax.autoscale_view()  # margins of the new axis, where the limits are free
+    side = ax.yaxis if axis == "y" else ax.xaxis
+    low, high = sorted(map(float, side.get_view_interval()))
+    ticks = symlog_ticks(low, high, threshold)
+    plain = all(_is_short(v) for v in ticks if v)
+    side.set_major_locator(FixedLocator(ticks))
+    side.set_major_formatter(
+        FixedFormatter([f"{v:g}".replace("-", "−") if plain or v == 0 else _power(v) for v in ticks])
+    )
+    side.set_minor_locator(NullLocator())
+
+
+def symlog_ticks(low: float, high: float, threshold: float, apart: float = 0.1) -> list[float]:
+    """Zero and powers of ten within the limits, the largest first, as far as they stand a share `apart` of the axis from one another.
+
+    >>> symlog_ticks(-0.5, 100.0, 0.01)
+    [-0.1, 0.0, 0.1, 1.0, 10.0, 100.0]
+    """
+    powers = [
+        10.0**k
+        for k in range(math.floor(math.log10(max(abs(low), abs(high)))), math.ceil(math.log10(threshold)) - 1, -1)
+    ]
+    width = math.asinh(high / threshold) - math.asinh(low / threshold)
+    kept: list[float] = []
+    for value in (0.0, *(sign * p for p in powers for sign in (1, -1))):
+        place = math.asinh(value / threshold)
+        if low <= value <= high and all(abs(place - math.asinh(k / threshold)) >= apart * width for k in kept):
+            kept.append(value)
+    return sorted(kept)
+
+
+def _power(value: float) -> str:
+    """A power of ten as a label.
+
+    >>> _power(-0.001)
+    '$-10^{-3}$'
+    """
+    return rf"${'-' if value < 0 else ''}10^{{{round(math.log10(abs(value)))}}}$"
 
 
 def band_at_top(ax: Axes, rows: int, text: str) -> list[float]:

@@ -20,6 +20,7 @@ from landscape.plotting.maps import edge_of, rates_run
 from landscape.plotting.style import display_name
 from landscape.plotting.view import RunView
 from landscape.statistics import wilson_interval
+from landscape.tasks import CONVERGENCE_WINDOW
 from landscape.theory.scorecard import run_scorecard, scorecard
 from landscape.training.config import GOSSIPING
 
@@ -30,7 +31,7 @@ VERDICTS = {
     "disagrees": "the whole 95% interval lies outside the 20% band",
     "mixed": "of a run: agrees or holds at some checkpoints, not at others",
     "violated": "the measurement lies above the bound or limit, beyond its errors",
-    "not applicable": "there is nothing to compare",
+    "not applicable": "there is nothing to compare, or all learners are equal, as at step 0, so that every prediction is 1",
 }
 """Every verdict and what it says, as in theory.scorecard."""
 SYMBOL = re.compile(r"(?<![\w./-])([wλαΔΣσL])_(max|[aewS0-9D])(?![\w-]|\.\w)")
@@ -65,15 +66,16 @@ def summary(views: Sequence[RunView]) -> Table:
         loss, accuracy = view.series("train_loss"), view.series("test_accuracy")
         ended = record.get("outcome", {})
         outcome = str(ended.get("outcome", view.run.status))
+        few = config.num_steps < CONVERGENCE_WINDOW and outcome in ("converged", "slow", "stuck")
         if record.get("diverged_at") is not None:
             outcome += f" (at step {record['diverged_at']})"
         rows.append([
             display_name(view.label), f"{config.learning_rate:g}", f"{config.num_learners} × {config.local_batch_size}",
             Path(config.topology).name if config.algorithm in GOSSIPING else f"all, every {config.local_steps} steps" if config.algorithm == "local-sgd" else "all-reduce",
-            str(config.num_steps), str(config.seed), outcome, number(float(ended.get("median_last_train_loss", math.nan))),
+            str(config.num_steps), str(config.seed), "too short to judge" if few else outcome, number(float(ended.get("median_last_train_loss", math.nan))),
             number(float(loss.iloc[-1])) if len(loss) else "–", f"{100 * float(accuracy.iloc[-1]):.1f}%" if len(accuracy) else "–",
         ])  # fmt: skip
-    columns = ["run", "learning rate α", "learners × batch", "mixing", "steps", "seed", "outcome", "median loss, last 50 steps", "last loss", "held-out accuracy"]  # fmt: skip
+    columns = ["run", "learning rate α", "learners × batch", "mixing", "steps", "seed", "outcome", f"median loss, last {CONVERGENCE_WINDOW} steps or all", "last loss", "held-out accuracy"]  # fmt: skip
     return Table("The runs. Losses are training losses of the average w_a, in nats.", columns, rows)
 
 
@@ -115,11 +117,11 @@ def verdict_table(view: RunView) -> Table:
         said = tuple((v, int(row[v])) for v in VERDICTS if row.get(v, 0) > 0)
         part = card[(card["quantity"] == row["quantity"]) & (card["prediction"] == row["prediction"])]
         run: Cell = ((str(row["verdict"]), 0),)
-        rows.append([plain(str(row["quantity"])), plain(str(row["prediction"])), said, run, _median_ratio(part)])
+        rows.append([plain(str(row["quantity"])), run, plain(str(row["prediction"])), said, _median_ratio(part)])
     checkpoints = len({int(s) for g in view.groups.values() for s in g["step"].values})
     return Table(
         f"{display_name(view.label)}: verdicts over {checkpoints} checkpoints",
-        ["quantity", "prediction", "checkpoints", "the run", "median ratio"],
+        ["quantity", "the run", "prediction", "checkpoints", "median ratio"],
         rows,
     )
 

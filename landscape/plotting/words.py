@@ -16,6 +16,7 @@ from scipy.stats import norm
 from landscape.plotting.style import display_name
 from landscape.plotting.tables import number, plain, with_error
 from landscape.plotting.view import RunView
+from landscape.tasks import CONVERGENCE_WINDOW
 from landscape.theory.scorecard import TOLERANCE, run_scorecard, scorecard
 
 FAMILY_ERROR = 0.05
@@ -86,10 +87,14 @@ def _ended(view: RunView) -> str:
         return f"is not finished ({status}, logged up to step {reached} of {view.run.config.num_steps}): what follows is of the part so far"
     median = float(ended.get("median_last_train_loss", math.nan))
     threshold, constant = (number(float(record.get(k, math.nan))) for k in ("threshold", "constant_loss"))
-    last = f"a median training loss of {number(median)} over the last 50 steps"
+    count = view.run.config.num_steps
+    if count < CONVERGENCE_WINDOW:
+        loss = f", with a median training loss of {number(median)}" if math.isfinite(median) else ""
+        return f"ended after {count} steps, too few to judge it by its last {CONVERGENCE_WINDOW}{loss}{right}"
+    last = f"a median training loss of {number(median)} over the last {CONVERGENCE_WINDOW} steps"
     said = {
         "converged": f"converged: {last}, below the threshold of {threshold}",
-        "slow": f"did not converge in {view.run.config.num_steps} steps: {last}, above the threshold of {threshold} but below the {constant} of constant output",
+        "slow": f"did not converge in {count} steps: {last}, above the threshold of {threshold} but below the {constant} of constant output",
         "stuck": f"got stuck: {last} is no better than constant output ({constant})",
     }.get(str(ended.get("outcome")), f"ended: {last}" if math.isfinite(median) else "ended")
     return said + right
@@ -150,8 +155,20 @@ def _rate(at: xr.Dataset) -> str:
     if lowest == len(steps) - 1:
         return f"{said}, lowest at the last, {low}{uphill}"
     last = with_error(float(means[-1]), float(errors[-1]))
-    back = f"back within {TOLERANCE:.0%} of 1" if abs(means[-1] - 1) + half[-1] < TOLERANCE else "not surely back"
-    return f"{said}, lowest {low}{uphill}; {back} at the last, {last}"
+    return f"{said}, lowest {low}{uphill}; {_back(float(means[-1]), float(half[-1]))} at the last, {last}"
+
+
+def _back(mean: float, half: float) -> str:
+    """Where a rate that was lowered ends.
+
+    >>> _back(1.0, 0.1), _back(0.5, 0.1), _back(1.5, 0.1), _back(0.8, 0.1)
+    ('back within 20% of 1', 'still more than 20% below 1', 'more than 20% above 1', 'not to be told whether it is back')
+    """
+    if abs(mean - 1) + half < TOLERANCE:
+        return f"back within {TOLERANCE:.0%} of 1"
+    if abs(mean - 1) - half > TOLERANCE:
+        return f"still more than {TOLERANCE:.0%} below 1" if mean < 1 else f"more than {TOLERANCE:.0%} above 1"
+    return "not to be told whether it is back"
 
 
 def _noise(at: xr.Dataset) -> str:
@@ -210,7 +227,16 @@ def _smoothing(at: xr.Dataset) -> str:
     ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
     if not len(ratio):
         return ""
-    words = "smoother throughout" if ratio.max() < 0.9 else "hardly smoother" if ratio.min() > 0.9 and ratio.max() < 1.1 else "not the same everywhere"  # fmt: skip
+    everywhere = " at every checkpoint" if len(ratio) > 1 else ""
+    words = (
+        f"smoother{everywhere}"
+        if ratio.max() < 0.9
+        else f"sharper{everywhere}"
+        if ratio.min() > 1.1
+        else "hardly smoother"
+        if ratio.min() > 0.9 and ratio.max() < 1.1
+        else "not the same everywhere"
+    )
     span = (
         number(float(ratio[0])) if len(ratio) == 1 else f"{number(float(ratio.min()))} to {number(float(ratio.max()))}"
     )

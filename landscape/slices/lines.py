@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from landscape.display import Displayed, Row, Shown, span, sparkline
 from landscape.objective import Objective
 from landscape.slices.evaluate import BatchNormSlices, SmoothingKernel, settle_batch_norm
 from landscape.slices.moments import point_losses
@@ -17,8 +18,8 @@ from landscape.slices.planes import Line
 from landscape.statistics import Estimate
 
 
-@dataclass(frozen=True)
-class Barrier:
+@dataclass(frozen=True, repr=False)
+class Barrier(Displayed):
     """How far the loss between two weight vectors rises above the straight interpolation of their losses.
 
     Attributes:
@@ -31,9 +32,13 @@ class Barrier:
     height: Estimate
     position: float
 
+    def shown(self) -> Shown:
+        """How high, and where."""
+        return Shown("Barrier", [("height", self.height, "nats"), ("position", self.position, "")])
 
-@dataclass(frozen=True)
-class LineSlice:
+
+@dataclass(frozen=True, repr=False)
+class LineSlice(Displayed):
     """The loss, or the smoothed loss, along a line.
 
     Attributes:
@@ -61,6 +66,23 @@ class LineSlice:
     population: float | int | None
     num_examples: int
     description: dict[str, Any]
+
+    def shown(self) -> Shown:
+        """Where, how high and of what."""
+        broken = int((~np.isfinite(self.loss)).sum())
+        return Shown(
+            "LineSlice",
+            [
+                ("along", self.line.name, ""),
+                ("points", len(self.positions), ""),
+                ("t", span(self.positions), ""),
+                ("length of t = 1", self.line.length, "weights"),
+                ("loss", span(self.loss), "nats"),
+                *([("not finite", broken, "points")] if broken else []),
+                *about(self),
+            ],
+            picture=sparkline(self.loss, "loss along the line"),
+        )
 
     def difference(self, index: int, other: int) -> Estimate:
         """Loss at one point less that at another, with its error over the examples that both met."""
@@ -129,8 +151,15 @@ class LineSlice:
     @classmethod
     def from_xarray(cls, found: xr.Dataset) -> LineSlice:
         """What `to_xarray` made, to draw it again; its line is without weights, see `Line.from_attributes`."""
-        values = (found[name].values for name in ("position", "loss", "loss_stderr", "smoothing_stderr", "covariance"))
-        return cls(Line.from_attributes(found.attrs), *values, **stored_attributes(found.attrs))
+        return cls(
+            Line.from_attributes(found.attrs), found["position"].values, found["loss"].values, found["loss_stderr"].values,
+            found["smoothing_stderr"].values, found["covariance"].values, **stored_attributes(found.attrs),
+        )  # fmt: skip
+
+
+def about(found: Any) -> list[Row]:
+    """What every slice shows of itself."""
+    return [("kernel", found.kernel, ""), ("batch norm", found.batch_norm, ""), ("examples", found.num_examples, "")]
 
 
 def slice_attributes(found: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from landscape.display import Displayed, Shown, span
 from landscape.functional import chunks
 from landscape.objective import Objective
 from landscape.slices.evaluate import BatchNormSlices, SmoothingKernel, settle_batch_norm
@@ -22,8 +23,8 @@ Product = Callable[[Tensor], Tensor]
 """v (d,) -> H v (d,); a `landscape.curvature` operator's matvec, for instance."""
 
 
-@dataclass(frozen=True)
-class QuadraticModel:
+@dataclass(frozen=True, repr=False)
+class QuadraticModel(Displayed):
     """L(origin) + slope . p + p^T curvature p/2 at coordinates p along the axes of a line or plane.
 
     Attributes:
@@ -41,6 +42,20 @@ class QuadraticModel:
     lengths_slope: np.ndarray
     lengths_curvature: np.ndarray
     asymmetry: float
+
+    def shown(self) -> Shown:
+        """Height, slope along the orthonormal axes, and the curvature met."""
+        met = self.lengths_curvature
+        known = bool(np.isfinite(met).all())
+        return Shown(
+            "QuadraticModel",
+            [
+                ("loss", self.loss, "nats"),
+                ("slope", self.lengths_slope, "nats/weights"),
+                ("curvature met", np.linalg.eigvalsh(met)[::-1] if known else np.nan, "nats/weights^2"),
+                ("asymmetry", self.asymmetry, ""),
+            ],
+        )
 
     def at(self, coordinates: np.ndarray) -> np.ndarray:
         """The model at coordinates (..., k) along the axes as given.
@@ -69,8 +84,10 @@ class QuadraticModel:
     @classmethod
     def from_xarray(cls, found: xr.Dataset) -> QuadraticModel:
         """What `to_xarray` made."""
-        arrays = (found[name].values for name in ("slope", "curvature", "lengths_slope", "lengths_curvature"))
-        return cls(float(found["loss"]), *arrays, asymmetry=float(found.attrs["asymmetry"]))
+        return cls(
+            float(found["loss"]), found["slope"].values, found["curvature"].values, found["lengths_slope"].values,
+            found["lengths_curvature"].values, float(found.attrs["asymmetry"]),
+        )  # fmt: skip
 
 
 def quadratic_model(
@@ -108,8 +125,8 @@ def quadratic_model(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GradientField:
+@dataclass(frozen=True, repr=False)
+class GradientField(Displayed):
     """The gradient's part in a plane, at a grid of its points.
 
     Attributes:
@@ -132,6 +149,21 @@ class GradientField:
     slope_stderr: np.ndarray
     norm: np.ndarray
     kernel: str
+
+    def shown(self) -> Shown:
+        """Where, how steep, and how much of it the plane shows."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.linalg.norm(self.lengths_slope, axis=-1) / self.norm
+        return Shown(
+            "GradientField",
+            [
+                ("axes", ", ".join(self.plane.names), ""),
+                ("grid", " × ".join(map(str, self.norm.shape)), ""),
+                ("|g|", span(self.norm), "nats/weights"),
+                ("share in the plane", span(share), ""),
+                ("kernel", self.kernel, ""),
+            ],
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """Over `first`, `second` and `axis`."""

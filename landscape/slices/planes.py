@@ -14,15 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from landscape.checkpoints import Learners
+from landscape.display import Displayed, Shown, span
 from landscape.objective import Objective, Weights
 from landscape.slices.directions import CHUNK, Vectors, principal_axes, random_direction
 
 PARALLEL = 1e-6
 """Axes whose angle has a squared sine below this span no plane that float32 weights could tell from a line."""
+DISAGREEMENT = "principal axes of the learners' disagreement"
+"""Kind of the plane of `disagreement_plane`, whose origin is w_a."""
 
 
-@dataclass(frozen=True)
-class Projection:
+@dataclass(frozen=True, repr=False)
+class Projection(Displayed):
     """Weight vectors as seen in a line or plane.
 
     Attributes:
@@ -37,6 +40,20 @@ class Projection:
     lengths: np.ndarray
     left_out: np.ndarray
     distance: np.ndarray
+
+    def shown(self) -> Shown:
+        """How many points, how far they are from the origin and how far beside the line or plane."""
+        away = self.distance > 0
+        return Shown(
+            "Projection",
+            [
+                ("points", len(self.distance), ""),
+                ("axes", self.coordinates.shape[1], ""),
+                ("distance to the origin", span(self.distance), "weights"),
+                ("left out", span(self.left_out), "weights"),
+                ("share left out", span(self.left_out[away] / self.distance[away]), ""),
+            ],
+        )
 
     def to_xarray(self) -> xr.Dataset:
         """Over `point` and `axis`."""
@@ -239,7 +256,7 @@ def trajectory_plane(trajectory: Float[Tensor, "T d"], origin: Float[Tensor, " d
 def disagreement_plane(learners: Learners) -> Plane:
     """The plane of the learners' disagreement: through w_a, along the two principal axes of the w_j - w_a; three learners at least."""
     found = principal_axes(learners.weights, learners.mean)
-    return _principal(learners.mean, found.axes, found.shares, "principal axes of the learners' disagreement")
+    return _principal(learners.mean, found.axes, found.shares, DISAGREEMENT)
 
 
 def _principal(origin: Tensor, axes: Tensor, shares: np.ndarray, kind: str) -> Plane:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from landscape.display import Displayed, Shown, span
 from landscape.objective import Objective
 from landscape.slices.evaluate import BatchNormSlices, SmoothingKernel, settle_batch_norm
-from landscape.slices.lines import rising, slice_attributes, stored_attributes
+from landscape.slices.lines import about, rising, slice_attributes, stored_attributes
 from landscape.slices.moments import check_population, point_losses
 from landscape.slices.planes import Plane
 from landscape.slices.refinement import refine
@@ -24,8 +25,8 @@ ERRORS = {
 }
 
 
-@dataclass(frozen=True)
-class PlaneSlice:
+@dataclass(frozen=True, repr=False)
+class PlaneSlice(Displayed):
     """The loss, or the smoothed loss, over a grid of a plane.
 
     Attributes:
@@ -67,6 +68,22 @@ class PlaneSlice:
     num_examples: int
     description: dict[str, Any]
 
+    def shown(self) -> Shown:
+        """Where, how high and of what."""
+        broken = int((~np.isfinite(self.loss)).sum())
+        return Shown(
+            "PlaneSlice",
+            [
+                ("axes", ", ".join(self.plane.names), ""),
+                ("grid", " × ".join(map(str, self.loss.shape)), ""),
+                ("loss", span(self.loss), "nats"),
+                ("at the origin", self.origin_loss, "nats"),
+                *([("not finite", broken, "points")] if broken else []),
+                ("evaluated", f"{self.evaluated.mean():.0%}", ""),
+                *about(self),
+            ],
+        )
+
     @property
     def lengths(self) -> np.ndarray:
         """(p, q, 2) coordinates along the plane's orthonormal axes, weights."""
@@ -101,9 +118,10 @@ class PlaneSlice:
         a = found.attrs
         plane = Plane.from_attributes({k.removeprefix("plane_"): v for k, v in a.items() if k.startswith("plane_")})
         limits = (float(a["tolerance"]), float(a["relative_tolerance"])) if "tolerance" in a else None
+        errors: dict[str, Any] = {name: found[name].values for name in ERRORS}
         return cls(
             plane, found["first"].values, found["second"].values, found["loss"].values, found["evaluated"].values.astype(bool),
-            **{name: found[name].values for name in ERRORS}, origin_loss=float(found["origin_loss"]), tolerance=limits,
+            **errors, origin_loss=float(found["origin_loss"]), tolerance=limits,
             **stored_attributes(a),
         )  # fmt: skip
 

@@ -16,6 +16,9 @@ from landscape import streams
 from landscape.data.dataset import Examples
 from landscape.losses import ExampleLoss, LossFunction
 
+CONVERGENCE_WINDOW = 50
+"""Steps at a run's end over which the median training loss of w_a is compared with a task's threshold (theory.md sec. 8)."""
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -11,7 +11,7 @@ import xarray as xr
 
 from landscape.statistics import Z95, newcombe_interval, wilson_interval
 from landscape.theory.edges import convergence, stability_edge
-from landscape.theory.scorecard import scorecard
+from landscape.theory.scorecard import RATE, scorecard
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _rate(groups: Mapping[str, xr.Dataset]) -> list[str]:
 
 def _kernels(groups: Mapping[str, xr.Dataset]) -> list[str]:
     table = scorecard(groups)
-    rows = table[table["quantity"] == "E alpha_e / alpha"]
+    rows = table[(table["quantity"] == RATE) & (table["verdict"] != "not applicable")]
     if rows.empty:
         return []
     counted = [

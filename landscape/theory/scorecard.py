@@ -27,6 +27,7 @@ COLUMNS = [
     "z",
     "verdict",
 ]
+RATE = "E alpha_e / alpha"
 EXPONENT_RANGE = (1.0, 2.0)
 """Exponents of the law of noise against curvature that arXiv 2602.05600 finds."""
 
@@ -89,7 +90,8 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
 
     Returns:
         a DataFrame with COLUMNS; ratio is measured over predicted, or bound over measured (its tightness) for bounds; z is measured less
-        predicted over the error of both (nan where neither has one, and for bounds). `scorecard_dataset` gives the same labelled.
+        predicted over the error of both (nan where neither has one, and for bounds). `scorecard_dataset` gives the same labelled. Rates of a
+        checkpoint where all learners are equal, as at step 0, are "not applicable" in a run whose learners spread: every prediction is 1 there.
     """
     rows: list[dict[str, Any]] = []
     for name, add in (
@@ -103,7 +105,22 @@ def scorecard(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) ->
         if name in groups:
             for step in groups[name]["step"].values:
                 add(rows, groups[name].sel(step=step), int(step), tolerance)
-    return Scorecard(rows, columns=COLUMNS).sort_values(["step"], kind="stable", ignore_index=True)
+    found = Scorecard(rows, columns=COLUMNS).sort_values(["step"], kind="stable", ignore_index=True)
+    trivial = _is_trivial(found)
+    kept = {name: found[name].mask(trivial) for name in ("ratio", "ratio_stderr", "z")}
+    return found.assign(**kept, verdict=found["verdict"].mask(trivial, "not applicable"))
+
+
+def _is_trivial(table: pd.DataFrame) -> pd.Series:
+    """Which rates were predicted where all learners are equal, in a run where they are not so elsewhere.
+
+    A sampled kernel that predicts 1 without an error has no width.
+    """
+    rates = table["quantity"] == RATE
+    sampled = rates & table["prediction"].isin(["isotropic", "covariance"])
+    equal = set(table["step"][sampled & (table["predicted"] == 1) & (table["predicted_stderr"] == 0)])
+    spread = set(table["step"][sampled]) - equal
+    return rates & table["step"].isin(equal if spread else set())
 
 
 def scorecard_dataset(groups: Mapping[str, xr.Dataset], tolerance: float = TOLERANCE) -> xr.Dataset:
@@ -177,7 +194,7 @@ def _rates(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: flo
         part = at.sel(prediction=name)
         predicted = _number(part, "alpha_e_ratio_predicted", "alpha_e_ratio_predicted_stderr")
         if math.isfinite(predicted.value):
-            rows.append(_agreement_row(step, "E alpha_e / alpha", str(name), measured, predicted, tolerance))
+            rows.append(_agreement_row(step, RATE, str(name), measured, predicted, tolerance))
 
 
 def _noise(rows: list[dict[str, Any]], at: xr.Dataset, step: int, tolerance: float) -> None:

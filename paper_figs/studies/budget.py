@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from landscape.data.dataset import Examples
-from landscape.experiments.recording import CONVERGENCE_WINDOW, averaged_for_evaluation
-from landscape.tasks import Task
+from landscape.experiments.recording import averaged_for_evaluation
+from landscape.tasks import CONVERGENCE_WINDOW, Task
 from landscape.training.evaluate import evaluate
 from landscape.training.loop import Program
 from landscape.training.topology import topology

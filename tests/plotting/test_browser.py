@@ -38,6 +38,8 @@ document.getElementById("frame").onload = function () {
   }
   const figures = [...page.querySelectorAll("img")].map(i => i.naturalWidth > 0 ? i.clientWidth : 0);
   document.body.dataset.result = JSON.stringify({inner: width, scroll: page.documentElement.scrollWidth, wide,
+    hidden: [...page.querySelectorAll("table.verdicts")].map(t => t.parentElement.scrollWidth - t.parentElement.clientWidth),
+    verdict: Math.max(...[...page.querySelectorAll("table.verdicts td:nth-child(2) .verdict")].map(v => v.getBoundingClientRect().right)),
     figures: Math.min(...figures), size: getComputedStyle(page.body).fontSize, paper: getComputedStyle(page.body).backgroundColor,
     card: getComputedStyle(page.querySelector(".card")).backgroundColor});
 };</script>"""
@@ -120,6 +122,8 @@ def test_nothing_leaves_the_page_sideways_and_figures_can_be_read(
     assert found["inner"] == width
     assert found["scroll"] <= width
     assert found["wide"] == []
+    assert found["verdict"] <= width - 8  # the run's verdicts are seen without scrolling
+    assert page == "phone" or set(found["hidden"]) == {0}
     assert found["figures"] >= 400  # pixels, of pictures that did load: their text is then at least 8 pixels high
     assert found["size"] == "16px"
     assert found["card"] == "rgb(255, 255, 255)"  # figures are drawn for white, in the dark too

@@ -6,12 +6,13 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tyro
 
-from landscape.plotting.commands import measure_commands, reproduce_commands, train_command
+from landscape.cli.runs import MeasureName
+from landscape.plotting.commands import WIDTH, measure_commands, reproduce_commands, train_command
 from landscape.training.config import TrainConfig
 from tests.plotting.made import made_view, rates, steepness
 
@@ -62,6 +63,20 @@ def test_the_commands_to_measure_give_measures_steps_and_settings_back(tmp_path:
         100,
         0.5,
     )
+
+
+def test_lines_are_short_and_mean_the_same(tmp_path: Path) -> None:
+    from landscape.cli.runs import Measure
+
+    names = get_args(MeasureName)
+    at = rates([1.0] * 40)
+    view = made_view(tmp_path, "a run", groups=dict.fromkeys(names, at))
+    text = reproduce_commands([view, *(made_view(tmp_path, f"another long name {i}") for i in range(8))])
+    assert max(map(len, text.splitlines())) <= WIDTH
+    whole = text.replace(" \\\n    ", " ").splitlines()
+    found = read(next(line for line in whole if line.startswith("landscape measure")), Measure)
+    assert found.measures == names
+    assert found.steps == tuple(at["step"].values)
 
 
 def test_runs_that_others_match_come_first_and_versions_once(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 
 from landscape.plotting import alignment, dynamics, maps, noise, smoothing, spectra, stability
-from landscape.plotting.style import LOOKS, WIDTHS, looks, new_figure, save, style
+from landscape.plotting.sections import measured
+from landscape.plotting.style import LOOKS, WIDTHS, log_scale, looks, new_figure, save, style
 from landscape.plotting.view import RunView, distinct, load_view
 from landscape.statistics import Z95, wilson_interval
 from tests.plotting.made import made_view
+from tests.plotting.test_colours import GRAPHICS_CONTRAST, contrast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,6 +148,7 @@ def test_coupled_growth_opens_what_did_not_converge(dpsgd: RunView) -> None:
     ax = stability.coupled_growth([loose], axes())
     np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), dpsgd.groups["stability"]["coupled_disagreement"])
     (open_one,) = marked(ax, "not-converged")
+    assert open_one.get_label() == "DPSGD: eigenvalue not converged"
     assert open_one.get_ydata()[0] == float(dpsgd.groups["stability"]["coupled_disagreement"][1])
 
 
@@ -177,6 +181,53 @@ def test_ledger_parts_stack_to_the_prediction(dpsgd: RunView) -> None:
     )
     np.testing.assert_allclose(heights.sum(0), at["predicted_mean"])
     np.testing.assert_array_equal(bars(ax, "realised change")[0], at["realised_mean"])
+
+
+def test_a_ledger_of_very_different_checkpoints_shows_the_small_ones(dpsgd: RunView) -> None:
+    parts = {f"{name}_mean": dpsgd.groups["ledger"][f"{name}_mean"].values for name in dynamics.LEDGER_PARTS}
+    top, low = (sum(np.maximum(s * v, 0) for v in parts.values()) for s in (1, -1))
+    size = np.maximum(top, low)
+    for ratio, scale in ((25, "linear"), (40, "asinh")):
+        wanted = np.array([1.0, 2.0, ratio]) / size
+        changed = with_group(dpsgd, "ledger", **{name: values * wanted for name, values in parts.items()})
+        ax = dynamics.one_step_ledger(changed, axes())
+        assert ax.get_yscale() == scale
+        labels = [t.get_text() for t in ax.get_yticklabels()]
+        assert len(set(labels)) == len(labels) >= 3
+        assert ax.get_ylim()[0] < -float((low * wanted).max()) <= float((top * wanted).max()) < ax.get_ylim()[1]
+
+
+@pytest.mark.parametrize("limits", [(1e-4, 1.0), (1e-3, 10.0), (3e-4, 2e-3), (0.5, 2e4), (0.02, 0.3), (5e-4, 0.02)])
+def test_labels_of_a_logarithmic_axis_are_of_one_kind(limits: tuple[float, float]) -> None:
+    ax = axes()
+    log_scale(ax)
+    ax.set_ylim(*limits)
+    ax.get_figure(root=True).draw_without_rendering()
+    places = [*ax.yaxis.get_ticklabels(), *ax.yaxis.get_ticklabels(minor=True)]
+    labels = [t.get_text() for t in places if t.get_text() and limits[0] <= t.get_position()[1] <= limits[1]]
+    assert labels
+    assert len({"$" in text for text in labels}) == 1
+    assert ("$" in labels[0]) == (limits in [(1e-4, 1.0), (3e-4, 2e-3), (0.5, 2e4)])
+
+
+def test_greys_stand_out_from_white(dpsgd: RunView) -> None:
+    for line in smoothing.difference_plateau(dpsgd, ax=axes()).get_lines():
+        assert contrast(to_hex(line.get_color()), "#ffffff") >= GRAPHICS_CONTRAST
+
+
+def test_counts_have_whole_ticks(mapped: xr.Dataset, dpsgd: RunView) -> None:
+    few = mapped.isel(seed=[0], learning_rate=[0], variant=[0])
+    counts = maps.threshold_sensitivity(few, ax=axes())
+    modes = alignment.step_noise_spectra(dpsgd, axes())
+    for ticks in (counts.get_yticks(), modes.get_xticks()):
+        np.testing.assert_array_equal(ticks, np.round(ticks))
+
+
+def test_without_smoothing_no_kernel_is_named(ssgd: RunView, dpsgd: RunView) -> None:
+    titles = [smoothing.difference_plateau(v, ax=axes()).get_legend().get_title().get_text() for v in (ssgd, dpsgd)]
+    assert titles == ["SSGD, no smoothing", "DPSGD, the learners' own kernel"]
+    said = {s.identifier: [p.caption for p in s.pictures] for s in measured([ssgd, dpsgd])}["kinks"]
+    assert ["the learners' own kernel is exact" in text for text in said[:2]] == [False, True]
 
 
 def test_map_counts_and_intervals_leave_out_what_was_not_run(mapped: xr.Dataset) -> None:
@@ -325,7 +376,8 @@ def test_the_plateau_is_of_a_kernel_that_was_measured(tmp_path: Path) -> None:
         [[[np.nan] * 3] * 2, [[3.0, 3.1, 3.2], [2.0, 2.1, 2.2]]]
     )  # SSGD* has no kernel of its learners' own
     dims = ("kernel", "step", "plateau_index")
-    group = xr.Dataset({"plateau_values": (dims, values), "plateau_steps": (dims, np.ones_like(values) * [1e-3, 1e-2, 1e-1])},
+    group = xr.Dataset({"plateau_values": (dims, values), "plateau_steps": (dims, np.ones_like(values) * [1e-3, 1e-2, 1e-1]),
+                        "sigma_w": (dims[:2], np.full((2, 2), 0.1))},
                        coords={"kernel": ["learners", "isotropic"], "step": [10, 20]})  # fmt: skip
     ax = smoothing.difference_plateau(made_view(tmp_path, groups={"smoothing": group}), ax=axes())
     for line, expected in zip(ax.get_lines(), values[1], strict=True):

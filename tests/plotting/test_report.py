@@ -159,7 +159,7 @@ def test_every_verdict_is_a_word_and_every_count_is_the_scorecards(page: Page, v
         card = scorecard(view.groups)
         table = tables.verdict_table(view)
         for word in tables.VERDICTS:
-            told = sum(count for row in table.rows for verdict, count in row[2] if verdict == word)
+            told = sum(count for row in table.rows for verdict, count in row[3] if verdict == word)
             assert told == int((card["verdict"] == word).sum())
         assert len(tables.scorecard_table(view).rows) == len(card)
     given = {v for view in views for v in scorecard(view.groups)["verdict"]}
@@ -169,10 +169,10 @@ def test_every_verdict_is_a_word_and_every_count_is_the_scorecards(page: Page, v
 def test_bounds_are_called_estimates_with_their_ratio(dpsgd: RunView, page: Page) -> None:
     at = dpsgd.groups["smoothing"]
     ratio = float((at["bound"].sel(bound_kind="paper") / at["smoothness"].sel(kernel="isotropic")).median())
-    row = next(r for r in tables.verdict_table(dpsgd).rows if "2G/σ" in r[1])
-    assert row[1].startswith("estimated bound")
+    row = next(r for r in tables.verdict_table(dpsgd).rows if "2G/σ" in r[2])
+    assert row[2].startswith("estimated bound")
     assert row[4] == f"{tables.number(ratio)} bound / measured"
-    assert row[1] in page.text
+    assert row[2] in page.text
 
 
 def test_infinite_predictions_are_told_not_averaged(dpsgd: RunView) -> None:
@@ -229,6 +229,20 @@ def test_runs_of_other_programs_and_diverged_ones_have_a_report(tmp_path: Path) 
     pictures = [attributes["alt"] or "" for tag, attributes in both.tags if tag == "img"]
     assert "at once ends at nothing logged; later ends at 1.00×10⁴" in pictures[0]
     assert "imported" not in pictures[0]
+
+
+def test_short_runs_are_not_judged_and_losses_say_their_examples(tmp_path: Path) -> None:
+    some = made_view(
+        tmp_path, "short", num_steps=20, log=[{"step": 0, "train_loss": 2.3}], record={"evaluation_examples": 2000}
+    )
+    (row,) = tables.summary([some]).rows
+    assert "too short to judge" in row
+    assert "too short to judge" not in tables.summary([made_view(tmp_path, "long", num_steps=50)]).rows[0]
+    page = Page(write_report(tmp_path / "some.html", [some], title="Some").read_text(encoding="utf-8"))
+    assert "Training loss of the average wa over 2,000 training examples, a fixed random choice." in page.text
+    whole = made_view(tmp_path, "whole")
+    page = Page(write_report(tmp_path / "both.html", [whole, some], title="Both").read_text(encoding="utf-8"))
+    assert "over all training data or 2,000 training examples, a fixed random choice, by the run." in page.text
 
 
 @pytest.mark.slow

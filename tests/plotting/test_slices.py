@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from scipy.interpolate import RegularGridInterpolator
 
 from landscape.plotting import slices as draw
 from landscape.plotting.style import new_figure, save, style
@@ -24,6 +25,7 @@ from landscape.slices import (
     plane_slice,
     quadratic_model,
 )
+from landscape.slices.planes import DISAGREEMENT
 from tests.slices.quadratics import mirrored_minima, quadratic, vectors
 
 GRID = np.linspace(-1, 1, 9)
@@ -85,6 +87,12 @@ def test_overlays_stand_where_they_project_and_the_legend_says_what_is_left_out(
     assert any("1 outside" in t for t in texts(draw.loss_contours(found, axes(), learners=far)))
 
 
+def test_the_middle_is_named_by_the_kind_of_the_plane(found: PlaneSlice) -> None:
+    own = replace(found, plane=replace(found.plane, kind=DISAGREEMENT))
+    assert "$w_a$" in texts(draw.loss_contours(own, axes()))
+    assert "$w_a$" not in texts(draw.loss_contours(found, axes()))
+
+
 def test_arrows_point_down_the_surface(plane: Plane, found: PlaneSlice) -> None:
     objective = quadratic().objective()
     field = gradient_field(objective, plane, GRID[::4], GRID[::4])
@@ -129,7 +137,17 @@ def test_surface_has_the_heights_of_the_slice(plane: Plane, found: PlaneSlice, w
     low, high = ax.get_zlim()
     assert low < height.min() <= height.max() <= high + 1e-12
     assert ("log" in ax.get_zlabel()) == wide
-    assert any("1 learner," in t for t in texts(ax))
+    assert any(t.startswith("1 learner on the surface,") for t in texts(ax))
+    (seen,) = marked(ax, "1 learner")
+    at = plane.project(plane.origin[None] + 0.1).coordinates
+    expected = RegularGridInterpolator((found.first, found.second), height)(at)
+    np.testing.assert_allclose(seen.get_data_3d()[2], expected)
+    assert seen.get_zorder() > ax.collections[0].get_zorder()
+    assert not ax.computed_zorder
+    far = draw.loss_surface(
+        found, axes(projection="3d"), trajectory=plane.project(plane.origin + 50 * plane.first[None])
+    )
+    assert any(t.endswith("; 1 outside") for t in texts(far))
     with pytest.raises(ValueError, match="three dimensions"):
         draw.loss_surface(found, axes())
 
@@ -144,6 +162,7 @@ def test_lines_have_their_losses_and_intervals(lines: list[LineSlice]) -> None:
         np.testing.assert_allclose(drawn.get_ydata(), one.loss)
     assert {"loss", "smoothed, isotropic kernel", "smoothed, own", "quadratic model"} <= set(texts(ax))
     np.testing.assert_allclose(marked(ax, "learners")[0].get_xdata(), seen.lengths[:, 0])
+    assert any(t.startswith("3 learners, ") for t in texts(ax))
     assert len(ax.collections) == 3  # a band each
     broken = replace(lines[0], loss=np.where(lines[0].positions > 1, np.inf, lines[0].loss))
     ax = draw.loss_lines(broken, axes())

@@ -117,6 +117,7 @@ def test_eigenvalues_over_training(tmp_path: Path) -> None:
         coords={"step": [10, 20]},
     )  # fmt: skip
     ax = spectra.top_eigenvalues(made_view(tmp_path, groups={"curvature": group}), axes())
+    assert {line.get_color() for line in ax.get_lines() if "$w_a$" in line.get_label()} == {LOOKS["dpsgd"].colour}
     shown = {line.get_label(): np.asarray(line.get_ydata()) for line in ax.get_lines()}
     np.testing.assert_array_equal(shown["largest at $w_a$"], [3, 4])
     np.testing.assert_array_equal(shown["next 2"], [2, 1])
@@ -126,4 +127,5 @@ def test_eigenvalues_over_training(tmp_path: Path) -> None:
     alone = spectra.top_eigenvalues(
         made_view(tmp_path, algorithm="ssgd", groups={"curvature": group.isel(eigen_index=[0])}), axes()
     )
+    assert {line.get_color() for line in alone.get_lines() if "$w_a$" in line.get_label()} == {LOOKS["ssgd"].colour}
     assert "largest of each learner" not in [t.get_text() for t in alone.get_legend().get_texts()]

@@ -121,6 +121,26 @@ def test_a_run_is_of_one_mind_mixed_or_undecided() -> None:
     assert found == ["agrees", "mixed", "agrees", "inconclusive"]
 
 
+EQUAL = {"exact": (1.0, 0.0), "isotropic": (1.0, 0.0), "covariance": (1.0, 0.0), "second-order": (1.0, 0.0)}
+SPREAD = {"exact": (0.8, 0.0), "isotropic": (1.2, 0.01), "covariance": (0.9, 0.01), "second-order": (0.7, 0.0)}
+
+
+def test_equal_learners_are_no_evidence_where_learners_spread() -> None:
+    """At step 0 every kernel predicts 1: that counts for none of them, but it does where learners are never apart."""
+    first = rates(1.0, 0.01, **EQUAL).assign_coords(step=[0])
+    card = scorecard({"effective-learning-rate": xr.concat([first, rates(0.8, 0.01, **SPREAD)], "step")})
+    assert set(card[card["step"] == 0]["verdict"]) == {"not applicable"}
+    assert card[card["step"] == 0][["ratio", "ratio_stderr", "z"]].isna().all(axis=None)
+    of_the_run = run_scorecard(card).loc["E alpha_e / alpha"]
+    assert of_the_run["verdict"].to_dict() == {
+        "exact": "agrees", "isotropic": "disagrees", "covariance": "agrees", "second-order": "agrees"
+    }  # fmt: skip
+    assert of_the_run.loc["exact", "median_ratio"] == pytest.approx(1.0)
+    assert of_the_run.loc["isotropic", "median_ratio"] == pytest.approx(0.8 / 1.2)
+    still = xr.concat([first, first.assign_coords(step=[20])], "step")
+    assert set(scorecard({"effective-learning-rate": still})["verdict"]) == {"agrees"}
+
+
 def mapped(ssgd: list[list[float]], dpsgd: list[list[float]], rates: list[float]) -> xr.Dataset:
     losses = np.array([ssgd, dpsgd])
     return xr.Dataset(
