@@ -24,10 +24,12 @@ NUM_TEST = 5
 SAMPLE_RATE = 8000
 PARTS = 3
 """States of a digit."""
+RECORDINGS = 3000
+"""Of the whole data set. Its earlier editions, and a user's choice of speakers, have fewer: the data's name then says how many."""
 
 
 def fsdd(root: str | Path | None = None) -> tuple[FrameData, FrameData]:
-    """Frames of 2,700 training and 300 test recordings: 120 features, 30 states, as hybrid acoustic models are trained on.
+    """Frames of 2,700 training and 300 test recordings, or of those of fewer speakers: 120 features, 30 states, as hybrid acoustic models are trained on.
 
     The features are 40 log-mel energies of 8 kHz speech, their deltas and double deltas (`landscape.data.features`), normalised by mean and
     deviation over the training frames of all speakers. The states are those of a flat start: a digit's model has three states in a row, and
@@ -48,8 +50,13 @@ def fsdd(root: str | Path | None = None) -> tuple[FrameData, FrameData]:
     test = [(path, digit) for path, digit, index in files if index < NUM_TEST]
     read = [_read(part) for part in (train, test)]
     over_training = moments(read[0][0].frames)
+    whole = (
+        "Free Spoken Digit Dataset"
+        if len(files) == RECORDINGS
+        else f"{len(files):,} of the {RECORDINGS:,} recordings of the Free Spoken Digit Dataset"
+    )
     made = [
-        FrameData(source, ends, over_training.mean, over_training.std, f"Free Spoken Digit Dataset, {name}")
+        FrameData(source, ends, over_training.mean, over_training.std, f"{whole}, {name}")
         for (source, ends), name in zip(read, ("train", "test"), strict=True)
     ]
     return made[0], made[1]

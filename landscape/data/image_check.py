@@ -106,7 +106,7 @@ def how_to_check(root: str | Path) -> str:
     command = f"from landscape.data.image_folder import check_images; print(check_images({str(root)!r}))"
     return (
         f'find all such files with: python -c "{command}"; then repair them and delete {LIST_NAME}, or keep it: tasks leave out what it names '
-        '(image_folder(..., corrupt="skip") too)'
+        '(image_folder(..., corrupt="skip") too), so that a run begun with all images can only be resumed once they are repaired'
     )
 
 

@@ -56,7 +56,7 @@ FORMS: dict[str, tuple[str, float]] = {
     "imagenet-vgg11": ("imagenette-vgg11@width=1/8,size=64,examples=1000", 0.2),
     "imagenet-vgg11-bn": ("imagenette-vgg11-bn@width=1/8,size=64,examples=1000", 0.02),
     "imagenet-resnet50": ("imagenette-resnet50@width=1/8,size=64,examples=1000", 0.02),
-    "imagenet-resnext50": ("imagenette-resnext50@width=1/4,size=64,examples=1000", 0.02),
+    "imagenet-resnext50": ("imagenette-resnext50@width=1/4,size=64,examples=1000", 0.05),
     "imagenet-densenet161": ("imagenette-densenet161@width=1/4,size=64,examples=1000", 0.02),
     "swb300-blstm": ("fsdd-blstm@width=1/8", 0.2),
     "swb2000-blstm": ("fsdd-blstm@width=1/8", 0.2),
@@ -191,7 +191,7 @@ def priced(task: Task, train: Examples) -> dict[str, Any]:
     return {
         "examples": len(choose(train, PRICED_EXAMPLES)), "problems": list(told.problems), "seconds_per_gradient": gradient, "seconds_per_product": again,
         "seconds_first_product": first, "product_over_gradient": again / gradient, "preflight_seconds_per_product": told.seconds_per_product,
-        "preflight_seconds_per_gradient": told.seconds_per_gradient, "bytes": memory, "preflight_bytes": told.peak_bytes,
+        "preflight_seconds_first_product": told.seconds_to_linearise + told.seconds_per_product, "preflight_seconds_per_gradient": told.seconds_per_gradient, "bytes": memory, "preflight_bytes": told.peak_bytes,
         "lambda_max": float(top.values[0]), "residual": float(top.residuals[0]), "converged": bool(top.converged[0]),
         "density_mass": float(np.sum(np.asarray(density.density)) * width),
     }  # fmt: skip

@@ -38,6 +38,7 @@ def root(tmp_path: Path) -> Path:
 def test_recordings_become_windows_with_flat_start_states(root: Path) -> None:
     train, test = fsdd(root)
     assert (len(train.ends), len(test.ends)) == (10, 50)
+    assert train.name == "60 of the 3,000 recordings of the Free Spoken Digit Dataset, train"
     lengths = [1 + (LENGTHS[5] + 80 * digit - 200) // 80 for digit in range(10)]
     assert train.ends.tolist() == np.cumsum(lengths).tolist()
     assert len(train) == sum(-(-t // 21) for t in lengths)
