@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,12 @@ class Readable:
         """Read learners into one tensor of weights; beside it at most one tensor of the checkpoint is in memory.
 
         Raises:
+            ValueError: no learner, or one that is not there, is asked for.
             CheckpointError: a file is damaged.
         """
         found, names, layout = self.found, self.names, self.layout
+        if which is not None:
+            check_selection(which, len(self), found.path)
         models = [found.models[j] for j in (range(len(self)) if which is None else which)]
         first = models[0]
         weights = _empty(len(models), layout.num_parameters, self.dtype)
@@ -95,6 +99,17 @@ class Readable:
             "reasons": list(found.reasons),
             "notes": [*found.notes, *left_out, *notes],
         }
+
+
+def check_selection(which: Sequence[int], count: int, path: Path) -> None:
+    """Refuse to read no learner, or one that is not there."""
+    if not len(which):
+        raise ValueError(f"no learners of {path} are asked for ({which}); leave learners out for all {count}")
+    wrong = next((j for j in which if not 0 <= j < count), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{path} has learners 0 to {count - 1}, not {wrong}; choose among them, such as learners=range({count})"
+        )
 
 
 def readable(found: Found, *, module: nn.Module | None = None, rename: Sequence[str] = ()) -> Readable:

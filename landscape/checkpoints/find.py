@@ -1,6 +1,7 @@
 """What is at a path: the importers (one file a format) asked in turn.
 
-An importer reads names, shapes and settings, never tensor data, and never runs anything in a file; see `importers.found` for what it returns.
+An importer reads names, shapes and settings, and never runs anything in a file; tensor data it reads only of files of torch.save before 1.6, which
+can only be read whole. See `importers.found` for what it returns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from landscape.checkpoints.importers import (
 from landscape.checkpoints.importers.found import Found, regular_file
 from landscape.checkpoints.importers.series import Entry
 
+SHOWN = 20
+"""Rows of a table in a message."""
+
 KNOWN = "torch.save, safetensors, torch.distributed.checkpoint, FSDP, Lightning, Accelerate, DeepSpeed, decent-dp, SGP, landscape's own"
 
 
@@ -37,8 +41,8 @@ def entries(paths: Sequence[Path]) -> list[Entry]:
     Raises:
         CheckpointError: there is nothing, or two are of the same step.
     """
-    if len(paths) > 1 and all(path.is_file() for path in paths):
-        return series.group_files(paths)
+    if len(paths) > 1 and (all(path.is_file() for path in paths) or series.are_ranks(paths)):
+        return series.group_listed(paths)
     found = [
         entry for path in paths for entry in (_of_run(path) if (path / RUN_FILE).is_file() else series.group(path))
     ]
@@ -79,13 +83,17 @@ def find_one(paths: Sequence[Path]) -> Found:
 
 
 def find(entry: Entry) -> Found:
-    """What one checkpoint is. The step that it records wins over the number in its name.
+    """What one checkpoint is.
+
+    Its step is the one that it records; else the one in its name; else what its optimizer counted; else another number in its name.
 
     Raises:
         CheckpointError: no importer knows it, or it is damaged, incomplete or dangerous.
     """
     paths = entry.paths
-    if len(paths) > 1:
+    if len(paths) > 1 and all(path.is_dir() for path in paths):
+        found = rank_files.find(paths, _find_folder)
+    elif len(paths) > 1:
         found = fsdp.find(paths) or rank_files.find(paths, find_file)
     elif paths[0].is_dir():
         found = _in_folder(paths[0])
@@ -93,13 +101,39 @@ def find(entry: Entry) -> Found:
         found = find_file(paths[0])
     if found is None:
         raise CheckpointError(f"{_named(entry)}: no checkpoint of a format known here ({KNOWN})")
-    notes = (*found.notes, *entry.notes)
-    if found.step is None and entry.step is not None:
-        counted = {"step": "", "epoch": ", which counts epochs"}.get(entry.counts, ", whatever that counts")
-        return replace(found, step=entry.step, notes=(*notes, f"its step is the number in its name{counted}"))
-    if entry.step is not None and entry.counts == "step" and found.step != entry.step:
-        notes = (*notes, f"its name says step {entry.step}, it records {found.step}")
-    return replace(found, notes=notes)
+    step, notes = _step(found, entry)
+    return replace(found, step=step, notes=(*found.notes, *entry.notes, *notes))
+
+
+def _step(found: Found, entry: Entry) -> tuple[int | None, list[str]]:
+    """The step of a checkpoint, and what there is to say of it."""
+    named = entry.step if entry.counts == "step" else None
+    if found.step is not None:
+        differs = named is not None and named != found.step
+        return found.step, [f"its name says step {named}, it records {found.step}"] if differs else []
+    if named is not None:
+        others = sorted({count for count in _optimizer_steps(found) if count not in (None, named)})
+        counted = f"; its optimizer counted {', '.join(map(str, others[:8]))}" if others else ""
+        return named, [f"its step is the number in its name{counted}"]
+    steps = _optimizer_steps(found)
+    if len(set(steps)) > 1:
+        rows = [f"  learner {j}  {'unknown' if step is None else step}" for j, step in enumerate(steps[:SHOWN])]
+        raise CheckpointError(
+            "\n".join([f"{found.path}: the learners are of different steps, by what their optimizers counted:", *rows])
+            + "\n  if they belong together, let links to the files have the step in their names, such as step_100_rank0.pt"
+        )
+    if steps[0] is not None:
+        return steps[0], ["its step is the optimizer's count of its own"]
+    counted = ", which counts epochs" if entry.counts == "epoch" else ", whatever that counts"
+    return entry.step, [] if entry.step is None else [f"its step is the number in its name{counted}"]
+
+
+def _optimizer_steps(found: Found) -> list[int | None]:
+    """What the optimizer of each learner counted."""
+    shared = found.facts.get("optimizer_step")
+    return [
+        shared if model.optimizer is None else model.optimizer.facts.get("optimizer_step") for model in found.models
+    ]
 
 
 def find_file(path: Path) -> Found:
@@ -107,6 +141,14 @@ def find_file(path: Path) -> Found:
     found = safetensors_files.find(regular_file(path)) or plain.find(path)
     if found is None:
         raise CheckpointError(f"{path} is no checkpoint of a format known here ({KNOWN})")
+    return found
+
+
+def _find_folder(folder: Path) -> Found:
+    """What one folder is."""
+    found = _in_folder(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint of a format known here ({KNOWN})")
     return found
 
 

@@ -30,6 +30,9 @@ STEP_PATTERN = re.compile(r"step-(\d{8,})")
 TEMPORARY_PREFIX = ".writing-"
 ASIDE_PREFIX = ".replaced-"
 
+LARGEST_RECORD = 256 << 20
+"""Bytes of run.json or state.json beyond which it is refused; the mixing matrix of 4,096 learners takes 160 MiB."""
+
 
 class CheckpointError(ValueError):
     """A run or checkpoint that is damaged, incomplete, or from a newer format."""
@@ -92,6 +95,11 @@ def unseal(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():  # a pipe would hang
             raise CheckpointError(f"{path} is not a regular file")
+        size = path.stat().st_size
+        if size > LARGEST_RECORD:
+            raise CheckpointError(
+                f"{path} has {size} bytes, too many for the record of a run or checkpoint; it is not read"
+            )
         record = json.loads(path.read_bytes())
         checksum = record.pop("checksum")
     except FileNotFoundError:

@@ -1,22 +1,25 @@
-"""What a run or a checkpoint is, without reading tensor data."""
+"""What a run or a checkpoint is, without reading tensor data, but for files of torch.save before 1.6, which can only be read whole."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from landscape.checkpoints.find import entries, find
 from landscape.checkpoints.format import RUN_FILE
 from landscape.checkpoints.importers.found import Found, Stored, Weights
 from landscape.checkpoints.naming import some
 from landscape.checkpoints.reader import open_run
+from landscape.checkpoints.run_record import entry
+from landscape.printable import printable
 
 SHOWN = 24
 """Tensors listed, unless all are asked for."""
 
 
 def describe(paths: str | Path | Sequence[str | Path], *, every: bool = False) -> str:
-    """What there is at some paths: format, learners or average or shards, step, tensors, dtypes.
+    """What there is at some paths: format, learners or average or shards, step, tensors, dtypes; fit for a terminal.
 
     Args:
         paths: a run, or files, folders or globs of checkpoints.
@@ -27,7 +30,7 @@ def describe(paths: str | Path | Sequence[str | Path], *, every: bool = False) -
     """
     given = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
     if len(given) == 1 and (given[0] / RUN_FILE).is_file():
-        return _describe_run(given[0])
+        return "\n".join(map(printable, _describe_run(given[0])))
     series = entries(given)
     lines = []
     if len(series) > 1:
@@ -35,27 +38,35 @@ def describe(paths: str | Path | Sequence[str | Path], *, every: bool = False) -
         lines = [
             f"{given[0]}: {len(series)} checkpoints, {counted} {some((str(e.step) for e in series), 12)}; the last of them:"
         ]
-    return "\n".join([*lines, *_describe_found(find(series[-1]), every)])
+    return "\n".join(map(printable, [*lines, *_describe_found(find(series[-1]), every)]))
 
 
-def _describe_run(path: Path) -> str:
+def _describe_run(path: Path) -> list[str]:
     run = open_run(path)
     c, steps, record = run.config, run.steps, run.record
-    data = record.get("data") or {}
-    imported = record.get("imported", {})
-    assumed = record.get("assumed", [])
-    lines = [
-        f"{path}: a run in landscape's format, version {record['format_version']}, {run.status}",
+    data, assumed = record.get("data", {}), record.get("assumed", [])
+    version, topology = (entry(record, path / RUN_FILE, name) for name in ("format_version", "topology.name"))
+    fingerprint = data.get("fingerprint", {}).get("train")
+    return [
+        f"{path}: a run in landscape's format, version {version}, {run.status}",
         f"  task {run.task or 'unknown'}, {c.algorithm}{f' ({c.order})' if c.algorithm == 'dpsgd' else ''}, {c.num_learners} learners x {c.local_batch_size}, alpha {c.learning_rate:g}, seed {c.seed}"
         + (f"; assumed, not recorded: {', '.join(assumed)}" if assumed else ""),
-        f"  topology {record['topology']['name']}, data {data.get('name', 'unknown')} ({data.get('fingerprint', {}).get('train') or 'unknown'})",
+        f"  topology {topology}, data {data.get('name', 'unknown')} ({fingerprint or 'unknown'})",
         f"  {len(steps)} checkpoints"
         + (f": steps {', '.join(map(str, steps[:12]))}{', ...' if len(steps) > 12 else ''}" if steps else ""),
+        *(_describe_origin(record["imported"]) if record.get("imported") else []),
     ]
-    if imported:
-        lines.append(f"  imported from {some(imported['from'], 3)}: {imported['format']}, {imported['kind']}")
-        lines += [f"    {reason}" for reason in imported["reasons"]]
-    return "\n".join(lines)
+
+
+def _describe_origin(imported: Mapping[str, Any]) -> list[str]:
+    """Where an imported run comes from, and what was left out."""
+    kept = "; of these the average w_a alone was kept" if imported.get("average") is True else ""
+    format_, kind = (imported.get(key, "unknown") for key in ("format", "kind"))
+    return [
+        f"  imported from {some(imported.get('from', []), 3)}: {format_}, {kind}{kept}",
+        *(f"    {reason}" for reason in imported.get("reasons", [])),
+        *(f"    note: {note}" for note in imported.get("notes", [])),
+    ]
 
 
 def _describe_found(found: Found, every: bool) -> list[str]:

@@ -50,14 +50,14 @@ class Learners(Displayed):
 
     @cached_property
     def mean(self) -> Float[Tensor, " d"]:
-        """w_a = (1/n) sum_j w_j, summed in float64; exactly w_j where all are equal."""
+        """w_a = (1/n) sum_j w_j, summed in float64; exactly w_j where all are equal. Of weights in half precision it is float32."""
         if bool((self.weights == self.weights[0]).all()):
-            return self.weights[0].clone()
-        return self.weights.mean(0, dtype=torch.float64).to(self.weights.dtype)
+            return self.weights[0].to(_at_least_single(self.weights), copy=True)
+        return self.weights.mean(0, dtype=torch.float64).to(_at_least_single(self.weights))
 
     @cached_property
     def deviations(self) -> Float[Tensor, "n d"]:
-        """delta_j = w_j - w_a."""
+        """delta_j = w_j - w_a, in the type of w_a."""
         return self.weights - self.mean
 
     @property
@@ -73,7 +73,9 @@ class Learners(Displayed):
     @property
     def mean_buffers(self) -> Buffers:
         """Buffers of the averaged model: floating-point ones averaged, counters the first learner's."""
-        return {n: b.mean(0) if b.is_floating_point() else b[0] for n, b in self.buffers.items()}
+        return {
+            n: b.mean(0, dtype=_at_least_single(b)) if b.is_floating_point() else b[0] for n, b in self.buffers.items()
+        }
 
     def parameters(self, learner: int | None = None) -> dict[str, Tensor]:
         """Parameters by name of one learner, or of the mean w_a: {name: tensor}."""
@@ -148,3 +150,8 @@ class Learners(Displayed):
     def __repr__(self) -> str:
         n, d = self.weights.shape
         return f"Learners(step={self.step}, num_learners={n}, num_parameters={d}, consensus_distance={self.consensus_distance:.4g})"
+
+
+def _at_least_single(tensor: Tensor) -> torch.dtype:
+    """The type in which an average is kept: half precision rounds by as much as learners may differ."""
+    return torch.promote_types(tensor.dtype, torch.float32)

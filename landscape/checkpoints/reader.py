@@ -13,18 +13,18 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from landscape.checkpoints.assemble import readable
+from landscape.checkpoints.assemble import check_selection, readable
 from landscape.checkpoints.format import (
     CHECKPOINTS,
     METRICS_FILE,
     RUN_FILE,
     STEP_PATTERN,
-    CheckpointError,
     step_name,
     unseal,
 )
 from landscape.checkpoints.importers import run_format
 from landscape.checkpoints.learners import Learners
+from landscape.checkpoints.run_record import check_record, config_of, entry
 from landscape.display import Displayed, Row, Shown, sparkline, text
 from landscape.training.config import GOSSIPING, TrainConfig
 from landscape.training.state import LearnerState
@@ -57,20 +57,17 @@ class Run(Displayed):
     @cached_property
     def config(self) -> TrainConfig:
         """The full configuration."""
-        try:
-            return TrainConfig.from_json(self.record["config"])
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{self.path / RUN_FILE} is damaged: {error}") from None
+        return config_of(self.record, self.path / RUN_FILE)
 
     @property
     def task(self) -> str:
         """The task's name."""
-        return str(self.record["task"])
+        return str(entry(self.record, self.path / RUN_FILE, "task"))
 
     @property
     def status(self) -> str:
         """running (or killed), interrupted, complete or diverged; of other programs' checkpoints importing (or killed), imported, recorded."""
-        return str(self.record["status"])
+        return str(entry(self.record, self.path / RUN_FILE, "status"))
 
     @property
     def steps(self) -> list[int]:
@@ -136,7 +133,9 @@ def open_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / RUN_FILE).is_file():
         raise ValueError(f"{path} holds no run ({RUN_FILE} is missing)")
-    return Run(path, unseal(path / RUN_FILE))
+    record = unseal(path / RUN_FILE)
+    check_record(record, path / RUN_FILE)
+    return Run(path, record)
 
 
 def read_checkpoint(
@@ -151,7 +150,7 @@ def read_checkpoint(
     Args:
         path: a folder checkpoints/step-XXXXXXXX of a run; or a file, a folder, a glob or a list of files of torch.save, safetensors,
             torch.distributed.checkpoint, FSDP, Lightning, Accelerate, DeepSpeed, decent-dp or SGP (`landscape inspect` tells what it is).
-        learners: which to read; all by default.
+        learners: which to read, from 0; all by default.
         model: of foreign checkpoints, the module whose weights these are: it tells the order of the parameters, which are trained,
             buffers, tied; it is not changed. Without it, parameters come in the checkpoint's order, and buffers are known by what BatchNorm
             calls them.
@@ -162,6 +161,7 @@ def read_checkpoint(
         processes) and what was left out.
 
     Raises:
+        ValueError: `learners` is empty, or has some that are not there.
         CheckpointError: damaged, incomplete or dangerous files; names or shapes that do not fit `model`; learners of different networks or
             steps; several checkpoints of which one must be chosen.
     """
@@ -179,6 +179,8 @@ def read_checkpoint(
 
 
 def _read_own(path: Path, learners: range | None) -> Learners:
+    if learners is not None:
+        check_selection(learners, run_format.read_state(path)["num_learners"], path)
     found = run_format.find(path, learners)
     assert found is not None
     return replace(readable(found).read(), origin=run_format.read_state(path).get("imported", {}))

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from landscape.autodiff import unwrap
 from landscape.checkpoints.assemble import MOMENTS
@@ -54,7 +56,7 @@ SETTINGS = {"lr": "learning_rate", "momentum": "momentum", "dampening": "dampeni
 def save_learner(
     directory: str | Path,
     *,
-    step: int,
+    step: SupportsIndex,
     model: nn.Module,
     optimizer: Any = None,
     rank: int | None = None,
@@ -64,7 +66,7 @@ def save_learner(
     order: str | None = None,
     topology: str | None = None,
     learning_rate: float | int | None = None,
-    local_batch_size: int | None = None,
+    local_batch_size: SupportsIndex | None = None,
     seed: int | None = None,
 ) -> Path:
     """Write this process's learner into a run directory; the checkpoint appears when all processes have written theirs.
@@ -83,7 +85,7 @@ def save_learner(
 
     Args:
         directory: the run directory, one folder for all processes.
-        step: steps taken.
+        step: steps taken; an integer of Python, numpy or a tensor, as is local_batch_size.
         model: the network; DDP, DataParallel and torch.compile are taken off.
         optimizer: a torch optimizer, or one that is built like it: momentum buffers and Adam's moments of the model's parameters are kept,
             and its settings. Of a ZeroRedundancyOptimizer, whose state is in parts, only the settings.
@@ -101,7 +103,7 @@ def save_learner(
         where the checkpoint is, or will be once the other processes have saved.
 
     Raises:
-        ValueError: parameters that are shards (FSDP: save with torch.distributed.checkpoint, and import that); another run in `directory`;
+        ValueError: a model that is no module, or has no trained parameters or none with shapes yet; parameters that are shards (FSDP: save with torch.distributed.checkpoint, and import that); another run in `directory`;
             processes with other networks, types or steps than others, or with the same rank, which are named; facts that are not possible.
         OSError: it could not be written.
 
@@ -109,9 +111,13 @@ def save_learner(
     (`tests/benchmarks/results/recorder_cpu.json` has times beside torch.save).
     """
     me = this_process(*_place(rank, world_size))
+    step = _whole_number("step", step)
     if step < 0:
         raise ValueError(f"step must not be negative, not {step}")
-    network = _whole(model)
+    if local_batch_size is not None:
+        local_batch_size = _whole_number("local_batch_size", local_batch_size)
+    network = _whole(_module(model))
+    _check_trained(network)
     settings, slots = _optimizer_state(network, optimizer)
     facts = {"task": task, "algorithm": algorithm, "order": order, "topology": topology, "learning_rate": learning_rate, "local_batch_size": local_batch_size, "seed": seed}  # fmt: skip
     given = {name: value for name, value in facts.items() if value is not None}
@@ -148,6 +154,29 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if not 0 <= rank < count:
         raise ValueError(f"rank {rank} is not one of {count} processes; give rank= and world_size= that fit together")
     return rank, count
+
+
+def _whole_number(name: str, value: object) -> int:
+    """An integer, also of numpy or of a tensor of one entry."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number (an int), not {str(value)[:100]}") from None
+
+
+def _module(model: object) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    hint = " (a state_dict does not tell which of its tensors are parameters)" if isinstance(model, Mapping) else ""
+    raise ValueError(f"model must be the network itself, a torch.nn.Module, not {type(model).__name__}{hint}")
+
+
+def _check_trained(network: nn.Module) -> None:
+    """Refuse a network that has no weights to keep."""
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        raise ValueError("the network has lazy modules, whose tensors have no shapes yet; call it on a batch before it is saved")  # fmt: skip
+    if not any(p.requires_grad and p.is_floating_point() for p in network.parameters()):
+        raise ValueError("the network has no floating-point parameters that require a gradient, so there is no learner to save")  # fmt: skip
 
 
 @functools.cache

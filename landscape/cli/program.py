@@ -16,6 +16,7 @@ import tyro
 
 from landscape.cli.experiments import Edge, Replay, Reproduce, Rescue, Sweep
 from landscape.cli.runs import Import, Inspect, Measure, RecipeFlags, Report, Tasks, Train
+from landscape.printable import printable
 from landscape.ranks import AgreedError, launched, tells
 
 DEBUG_VARIABLE = "LANDSCAPE_DEBUG"
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         if tells(error):
-            print(f"landscape: error: {error}", file=sys.stderr)
+            print(f"landscape: error: {printable(str(error), lines=True)}", file=sys.stderr)
         else:
             _linger()
         return 2

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from landscape.checkpoints.assemble import Readable, readable
 from landscape.checkpoints.find import entries, find
 from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX, shard_name, step_name
 from landscape.checkpoints.importers.found import Found
+from landscape.checkpoints.importers.series import Entry
 from landscape.checkpoints.naming import some
 from landscape.checkpoints.recorder import ASSUMED_LEARNING_RATE
 from landscape.checkpoints.writer import LearnerTensors, RunWriter, publish, write_learner
-from landscape.experiments.run_directory import claim
+from landscape.experiments.run_directory import holds_run, replacing
 from landscape.functional import FunctionalModel
+from landscape.printable import printable
 from landscape.provenance import provenance
 from landscape.ranks import refuse_several
 from landscape.tasks import Task, get_task, is_ours
@@ -89,14 +92,16 @@ def import_run(
         config: how they were trained.
         steps: which of the steps there are; all by default.
         rename: rules OLD=NEW for names that differ from the task's.
-        average: keep w_a alone, the average of the learners. BatchNorm's averaged statistics are marked as in need of recalibration,
+        average: keep w_a alone, the average of the learners, in float32 at least. BatchNorm's averaged statistics are marked as in need of recalibration,
             which every measure does.
         data_root: where the task's data lie.
-        overwrite: replace a run in `out`.
+        overwrite: replace a run in `out`, once all of the new one is written: if that fails, the old one is as it was.
         quiet: say nothing.
 
     Raises:
         ValueError: for anything wrong with the checkpoints or arguments, before anything is written, unless a tensor cannot be read.
+
+    Cost: with `overwrite`, disk for both runs until the new one is whole.
     """
     refuse_several("import")
     given = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
@@ -109,25 +114,35 @@ def import_run(
     module = None if known is None else known.initial_model(seed)
     there = entries(given)
     wanted = [e for e in there if steps is None or e.counts != "step" or e.step is None or e.step in steps]
-    chosen = _chosen([find(entry) for entry in wanted or there], steps, given)
+    chosen = _chosen([find(entry) for entry in wanted or there], steps, there, given)
     opened = [readable(found, module=module, rename=rename) for found in chosen]
     _check_series(opened)
     trained, assumed = _configuration(config, before, opened, average=average)
     record = {**_record(known, trained, opened, given, data_root=data_root, average=average), "assumed": assumed}
     _check_apart(out, [path for entry in there for path in entry.paths])
-    claim(out, resume=False, overwrite=overwrite)
+    replaces = holds_run(out)
+    if replaces and not overwrite:
+        raise ValueError(f"{out} already holds a run; replace it with --overwrite, or choose another directory")
     if not quiet:
         _announce(opened, record)
     model = None if known is None or module is None else FunctionalModel(module, known.loss_fn)
     told = {f: getattr(trained, f) for f in FACTS if f not in assumed}
     given_facts = {k: v for k, v in asdict(config).items() if k in FACTS and v is not None}
-    writer = RunWriter(out, record)
-    writer.write_record(status="importing")
-    for one in tqdm(opened, unit="checkpoint", desc="import", disable=quiet or None, delay=2, leave=False):
-        facts = {**told, **one.facts, **given_facts, "algorithm": trained.algorithm}
-        _write_checkpoint(out, one, model, trained, facts, average=average)
-    writer.write_record(status="imported")
-    writer.close()
+    with replacing(out) if replaces else nullcontext(out) as place:
+        writer = RunWriter(place, record)
+        writer.write_record(status="importing")
+        notes: dict[int, list[str]] = {}
+        for one in tqdm(opened, unit="checkpoint", desc="import", disable=quiet or None, delay=2, leave=False):
+            facts = {**told, **one.facts, **given_facts, "algorithm": trained.algorithm}
+            step, notes_of_step = _write_checkpoint(place, one, model, trained, facts, average=average)
+            notes[step] = notes_of_step
+        further = _further(notes, record["imported"]["notes"])
+        writer.write_record(
+            status="imported",
+            imported={**record["imported"], "notes": [*record["imported"]["notes"], *further]},
+        )
+    if not quiet:
+        _say([f"  note: {note}" for note in further])
     return open_run(out)
 
 
@@ -135,8 +150,9 @@ def _recorded(paths: Sequence[Path]) -> dict[str, Any]:
     """What a run of ours that is to be completed tells: its task and configuration, without what was assumed."""
     if len(paths) != 1 or not (paths[0] / RUN_FILE).is_file():
         return {}
-    record = open_run(paths[0]).record
-    known = {k: v for k, v in record["config"].items() if k not in record.get("assumed", ())}
+    run = open_run(paths[0])
+    record, assumed = run.record, run.record.get("assumed", ())
+    known = {k: v for k, v in run.config.to_json().items() if k in record["config"] and k not in assumed}
     if known.get("topology") not in TOPOLOGIES:  # a file that is not read again
         known.pop("topology", None)
     return {**known, "task": record.get("task")}
@@ -144,16 +160,27 @@ def _recorded(paths: Sequence[Path]) -> dict[str, Any]:
 
 def _check_apart(out: Path, paths: Sequence[Path]) -> None:
     """Refuse to write over what is to be imported, wherever links lead."""
-    home = out.resolve()
+    home = _resolved(out)
     for path in paths:
         within = itertools.islice(path.rglob("*"), 100_000) if path.is_dir() else ()
         for each in (path, *within):
-            real = each.resolve()
-            if real.is_relative_to(home):
+            if _resolved(each).is_relative_to(home):
                 raise ValueError(f"{out} holds what is to be imported ({each}); choose another directory")
 
 
-def _chosen(found: Sequence[Found], steps: Sequence[int] | None, paths: Sequence[Path]) -> list[Found]:
+def _resolved(path: Path) -> Path:
+    """Where a path leads."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise ValueError(
+            f"{path} cannot be followed: links lead round in a circle, or its name is too long; remove or correct it"
+        ) from None
+
+
+def _chosen(
+    found: Sequence[Found], steps: Sequence[int] | None, there: Sequence[Entry], paths: Sequence[Path]
+) -> list[Found]:
     """The checkpoints of the steps asked for, in order, each step once."""
     by_step: dict[int, Found] = {}
     for one in found:
@@ -162,8 +189,10 @@ def _chosen(found: Sequence[Found], steps: Sequence[int] | None, paths: Sequence
             raise CheckpointError(f"{by_step[step].path} and {one.path} are both of step {step}; give one of them")
         by_step[step] = one
     absent = [s for s in steps or () if s not in by_step]
-    if absent or not by_step:
-        raise ValueError(f"{paths[0]} has no checkpoint of step {', '.join(map(str, absent)) or '(any)'}; there are {some(map(str, sorted(by_step)), 20)}")  # fmt: skip
+    if absent:
+        named = {entry.step for entry in there if entry.counts == "step" and entry.step is not None}
+        listed = some(map(str, sorted(named | set(by_step))), 20)
+        raise ValueError(f"{paths[0]} has no checkpoint of step {', '.join(map(str, absent))}; there are {listed}")
     return [by_step[s] for s in sorted(by_step) if steps is None or s in steps]
 
 
@@ -189,7 +218,7 @@ def _configuration(
         optimizer["learning_rate"] = next((r for r in rates if isinstance(r, float) and r > 0), ASSUMED_LEARNING_RATE)
     given = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
     names = {f.name for f in fields(TrainConfig)} - {"num_steps", "checkpoint_every", "log_every"}
-    numbers = ("learning_rate", "momentum", "weight_decay", "gamma")
+    numbers = ("learning_rate", "momentum", "dampening", "weight_decay", "gamma")
     values: dict[str, Any] = {
         k: float(v) if k in numbers else v for k, v in {**optimizer, **given}.items() if k in names
     }
@@ -235,6 +264,9 @@ def _is_sound(name: str, value: Any) -> bool:
     known: dict[str, tuple[Any, ...]] = {"algorithm": ALGORITHMS, "order": ORDERS, "nesterov": (True, False)}
     return name in known and type(value) in (str, bool) and value in known[name]
 
+
+MOST_NOTES = 20
+"""Notes on single checkpoints that are told."""
 
 MOST_LEARNERS = 4096
 """Processes that a file may claim to have trained one model."""
@@ -293,7 +325,24 @@ def _announce(opened: Sequence[Readable], record: dict[str, Any]) -> None:
         lines.append(
             "  the numbers in the names are taken for steps; if they are those of processes, let links to the files be called ..._rank0, ..._rank1"
         )
-    print("\n".join(lines), file=sys.stderr)
+    _say(lines)
+
+
+def _further(notes: Mapping[int, Sequence[str]], known: Sequence[str]) -> list[str]:
+    """What reading the checkpoints left out that was not known before, each with its steps."""
+    steps: dict[str, list[int]] = {}
+    for step, told in notes.items():
+        for note in told:
+            if note not in known:
+                steps.setdefault(note, []).append(step)
+    listed = [note if len(of) == len(notes) else f"{note} (step {some(map(str, of), 8)})" for note, of in steps.items()]
+    return [*listed[:MOST_NOTES], *([f"and {len(listed) - MOST_NOTES} more notes"] if len(listed) > MOST_NOTES else [])]
+
+
+def _say(lines: Sequence[str]) -> None:
+    """Lines on stderr, names from files in them made fit for a terminal."""
+    for line in lines:
+        print(printable(line), file=sys.stderr)
 
 
 def _write_checkpoint(
@@ -304,8 +353,12 @@ def _write_checkpoint(
     told: Mapping[str, Any],
     *,
     average: bool,
-) -> None:
-    """One step of the run, whole or not at all; a learner at a time is in memory, or for an average all of them."""
+) -> tuple[int, list[str]]:
+    """One step of the run, whole or not at all; a learner at a time is in memory, or for an average all of them.
+
+    Returns:
+        the step, and the notes of what was left out.
+    """
     first = opened.read().average() if average else opened.read([0])
     there, count = (1 if average else len(opened)), config.num_learners
     final = out / CHECKPOINTS / step_name(first.step)
@@ -313,8 +366,11 @@ def _write_checkpoint(
     folder.mkdir()
     try:
         files: dict[str, dict[str, Any]] = {}
+        notes: dict[str, None] = {}
         for j in range(there):
-            files |= write_learner(folder, j, count, _tensors_of(first if j == 0 else opened.read([j]), model))
+            learner = first if j == 0 else opened.read([j])
+            files |= write_learner(folder, j, count, _tensors_of(learner, model))
+            notes |= dict.fromkeys(learner.origin["notes"])
         for j in range(there, count):  # learners that all processes had alike
             files |= _linked(folder, j, count, files)
         record = {
@@ -337,6 +393,7 @@ def _write_checkpoint(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    return first.step, list(notes)
 
 
 def _tensors_of(learners: Learners, model: FunctionalModel | None) -> LearnerTensors:

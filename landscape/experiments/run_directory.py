@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from landscape.checkpoints import Run, open_run
-from landscape.checkpoints.format import CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX, digest
+from landscape.checkpoints.format import ASIDE_PREFIX, CHECKPOINTS, RUN_FILE, TEMPORARY_PREFIX, digest
 from landscape.ranks import AgreedError, Ranks, launch
 from landscape.tasks import Task
 from landscape.training.config import TrainConfig
@@ -34,11 +36,7 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
     """Whether to resume what is in `out`; refuses to touch a run unasked."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, not a directory")
-    if not (out / RUN_FILE).exists():
-        if out.is_dir() and not _only_begun(out):
-            raise ValueError(f"{out} is not empty and holds no run; choose another directory")
+    if not holds_run(out):
         return False
     if not overwrite and resume and open_run(out).status in FOREIGN:
         raise ValueError(
@@ -51,6 +49,39 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> bool:
     if not resume:
         raise ValueError(f"{out} already holds a run; continue it with --resume, or replace it with --overwrite")
     return True
+
+
+def holds_run(out: Path) -> bool:
+    """Whether there is a run in `out`; refuses what is no directory for a run."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, not a directory")
+    if (out / RUN_FILE).exists():
+        return True
+    if out.is_dir() and not _only_begun(out):
+        raise ValueError(f"{out} is not empty and holds no run; choose another directory")
+    return False
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A folder beside the run in `out` that takes its place when the block ends; if it fails, the run is as it was."""
+    open_run(out)  # only ever delete what is a run
+    home = out.resolve()
+    beside, aside = (home.with_name(f"{prefix}{home.name}") for prefix in (TEMPORARY_PREFIX, ASIDE_PREFIX))
+    for left in (beside, aside):  # of a program that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield beside
+        os.rename(home, aside)
+        try:
+            os.rename(beside, home)
+        except BaseException:
+            os.rename(aside, home)
+            raise
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _only_begun(out: Path) -> bool:

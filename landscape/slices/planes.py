@@ -255,7 +255,7 @@ def trajectory_plane(trajectory: Float[Tensor, "T d"], origin: Float[Tensor, " d
 
 def disagreement_plane(learners: Learners) -> Plane:
     """The plane of the learners' disagreement: through w_a, along the two principal axes of the w_j - w_a; three learners at least."""
-    found = principal_axes(learners.weights, learners.mean)
+    found = principal_axes(learners.weights.to(learners.mean), learners.mean)
     return _principal(learners.mean, found.axes, found.shares, DISAGREEMENT)
 
 

@@ -183,8 +183,8 @@ STUDIES: dict[str, Study] = {
               stands_for="cifar10-vgg19", **CIFAR),
         Study("fsdd-blstm", "fsdd-blstm@width=1/16,examples=1000", (8, 16, 32), (0.4, 0.8, 1.6), num_epochs=6, converged_share=0.9,
               momentum=0.9, num_logged=8, evaluation_examples=150, stands_for="swb300-blstm"),
-        Study("imagenette-resnet50", "imagenette-resnet50@width=1/16,size=32,examples=1000", (8, 32), (0.05, 0.1, 0.2),
-              num_epochs=5, converged_share=0.9, momentum=0.9, weight_decay=1e-4, num_logged=8, evaluation_examples=150,
+        Study("imagenette-resnet50", "imagenette-resnet50@width=1/16,size=32,examples=1000", (8, 32), (0.0125, 0.025, 0.05, 0.1, 0.2),
+              num_epochs=5, converged_share=0.95, momentum=0.9, weight_decay=1e-4, num_logged=8, evaluation_examples=150,
               stands_for="imagenet-resnet50", along=Along(num_examples=128, curvature_examples=64)),
     )
 }  # fmt: skip

@@ -55,9 +55,6 @@ def find(folder: Path) -> Found | None:
     if OPTIMIZER in names and optimizer is None:
         optimizer, left_out = hugging_face.optimizer_in(folder / OPTIMIZER, list(found.models[0].tensors))
         notes += left_out
-    step = found.step
-    if step is None and optimizer is not None and (step := optimizer.facts.get("optimizer_step")) is not None:
-        notes.append("the step is the number of those that the optimizer counted; Accelerate records none")
     pickled = [name for name in names if name.endswith(".pkl")]
     if pickled:
         notes.append(
@@ -70,7 +67,6 @@ def find(folder: Path) -> Found | None:
         format=FORMAT,
         models=(replace(found.models[0], optimizer=optimizer),),
         reasons=(*(r for r in found.reasons if r != safetensors_files.UNKNOWN), *_reasons(count)),
-        step=step,
         facts={
             **found.facts,
             **({"num_learners": count} if count else {}),

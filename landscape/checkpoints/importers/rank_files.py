@@ -1,4 +1,4 @@
-"""One file a process: names with `rank{r}`, `_r{r}_n{n}`, `worker{i}`, `-{i}-of-{n}` in them, or folders `{rank}/` of one file each."""
+"""One file a process: names with `rank{r}`, `_r{r}_n{n}`, `worker{i}`, `-{i}-of-{n}` in them, or folders `{rank}/` of one file or checkpoint each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RankFile:
     """A file and the process that it is of.
 
     Attributes:
-        path: the file.
+        path: the file, or a folder that is a checkpoint.
         rank: the process.
         size: the processes there are, where the name says so.
         name: what else the name tells.
@@ -41,6 +41,8 @@ def rank_file(path: Path) -> RankFile | None:
     name = parse(path.name)
     if name.rank is not None:
         return RankFile(path, name.rank, name.size, name, False)
+    if path.is_dir() and (rank := folder_rank(path.name)) is not None:
+        return RankFile(path, rank, None, name, False)
     rank = folder_rank(path.parent.name)
     return None if rank is None else RankFile(path, rank, None, name, True)
 
@@ -49,8 +51,8 @@ def find(paths: Sequence[Path], find_file: Callable[[Path], Found]) -> Found | N
     """The learners of which each file holds one; None where fewer than two files are given.
 
     Args:
-        paths: files of one step, in any order.
-        find_file: tells what one file is.
+        paths: files, or folders of one checkpoint each, of one step and in any order.
+        find_file: tells what one of them is.
 
     Raises:
         CheckpointError: ranks are missing or there twice, or the files differ in step, names, shapes or types; or one of them cannot be read.
@@ -60,7 +62,8 @@ def find(paths: Sequence[Path], find_file: Callable[[Path], Found]) -> Found | N
     files = _ordered(paths)
     found = [find_file(file.path) for file in files]
     for file, one in zip(files, found, strict=True):
-        if len(one.models) != 1 or one.kind in ("shards of one model", "possibly mixed"):
+        whole = file.path.is_dir() or one.kind != "shards of one model"
+        if len(one.models) != 1 or one.kind == "possibly mixed" or not whole:
             raise CheckpointError(f"{file.path} holds {_held(one)}, not one learner; give it alone")
     labels = [f"rank {file.rank}" for file in files]
     where = str(files[0].path.parent.parent if files[0].by_folder else files[0].path.parent)
@@ -169,7 +172,16 @@ def _check_steps(files: Sequence[RankFile], found: Sequence[Found], where: str) 
             for file, (step, epoch) in zip(files, said, strict=True)
         ]
         more = [f"  ... and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
-        raise CheckpointError("\n".join([f"{where}: the learners are of different steps:", *rows[:SHOWN], *more]))
+        hint = (
+            [
+                "  if the folders are those of steps, not of processes, call them step_0, step_1 and so on (links will do)"
+            ]
+            if _are_bare_numbers(files)
+            else []
+        )
+        raise CheckpointError(
+            "\n".join([f"{where}: the learners are of different steps:", *rows[:SHOWN], *more, *hint])
+        )
 
 
 def _common(found: Sequence[Found]) -> tuple[dict[str, Any], list[str]]:
@@ -180,14 +192,24 @@ def _common(found: Sequence[Found]) -> tuple[dict[str, Any], list[str]]:
 
 def _reasons(files: Sequence[RankFile]) -> tuple[str, ...]:
     first, last = files[0], files[-1]
-    what = "folder" if first.by_folder else "name"
+    what = "folder" if first.by_folder or first.path.is_dir() else "name"
+    ambiguous = (
+        "the numbers that its folders are called by are taken for those of processes; if they are those of steps or epochs, call them step_0, step_1 and so "
+        "on (links will do)"
+    )
     told = (
         f", and there are {first.size} by their names"
         if first.size
         else "; whether there were more processes is not recorded"
     )
     return (
-        f"{len(files)} files, one a process by its {what}, ranks {first.rank} to {last.rank}{told}; each holds one network with tensors of the same names, "
+        f"{len(files)} {'folders' if first.path.is_dir() else 'files'}, one a process by its {what}, ranks {first.rank} to {last.rank}{told}; each holds one network with tensors of the same names, "
         "shapes and types",
         "whether they differ is only known once they are read: processes of plain DDP would all save the same weights",
+        *([ambiguous] if _are_bare_numbers(files) else []),
     )
+
+
+def _are_bare_numbers(files: Sequence[RankFile]) -> bool:
+    """Whether the ranks are told by nothing but the numbers that folders are called by."""
+    return any((file.path.parent if file.by_folder else file.path).name.isdigit() for file in files)

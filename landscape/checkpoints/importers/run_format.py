@@ -14,6 +14,7 @@ from torch import Tensor
 from landscape.checkpoints.format import STATE_FILE, STEP_PATTERN, CheckpointError, digest_of, shard_name, unseal
 from landscape.checkpoints.importers.found import Found, OptimizerState, Stored, Weights
 from landscape.checkpoints.naming import Names, some
+from landscape.checkpoints.run_record import is_count, is_names, is_number, is_origin
 
 FORMAT = "landscape's run format"
 KNOWN = {
@@ -76,17 +77,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
 def _is_parameters(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], list) and all(map(_is_count, pair[1]))
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], list) and all(map(is_count, pair[1]))
         for pair in value
     )  # fmt: skip
 
@@ -98,14 +91,16 @@ def _is_files(value: object) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
-    "num_learners": lambda value: _is_count(value) and value > 0,
+    "step": is_count,
+    "num_learners": lambda value: is_count(value) and value > 0,
     "parameters": lambda value: _is_parameters(value) and bool(value),
-    "buffers": _is_names,
-    "frozen": _is_names,
-    "moments": _is_names,
+    "buffers": is_names,
+    "frozen": is_names,
+    "moments": is_names,
     "files": _is_files,
-    "imported": lambda value: isinstance(value, dict),
+    "imported": is_origin,
+    "learning_rate": is_number,
+    "local_batch_size": is_count,
 }
 """What each entry of state.json must be."""
 

@@ -20,7 +20,7 @@ SHOWN = 20
 
 WHOLE = re.compile(
     r"\.metadata|latest|run\.json|state\.json|pytorch_model_fsdp_\d+|random_states_\d+\.pkl|__\d+_\d+\.distcp|__\d+\.metadata|"
-    r"learner-\d+-of-\d+\.safetensors|(?:\w+_)?mp_rank_\d+_\w+_states\.pt"
+    r"learner-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors|(?:\w+_)?mp_rank_\d+_\w+_states\.pt"
 )
 """What is in a folder that is itself one checkpoint: of torch.distributed.checkpoint, DeepSpeed, Accelerate, or landscape."""
 
@@ -36,7 +36,7 @@ class Entry:
 
     Attributes:
         step: the number in its name; None where there is none.
-        paths: a file, a folder, or the files of several ranks.
+        paths: a file, a folder, or the files or folders of several ranks.
         counts: what that number counts: steps, epochs, or something else.
         notes: what was passed over; the same for all entries of one folder.
     """
@@ -61,6 +61,7 @@ class _Item:
         is_folder: whether it is a folder.
         is_special: whether it is called the best, the last or the like.
         is_weights: whether its name is that of a checkpoint, not of an optimizer or a text.
+        is_part: whether it is a folder that holds all that one rank saved.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class _Item:
     is_folder: bool
     is_special: bool
     is_weights: bool
+    is_part: bool = False
 
 
 def group(path: str | Path) -> list[Entry]:
@@ -108,18 +110,32 @@ def group(path: str | Path) -> list[Entry]:
         raise CheckpointError(f"nothing fits {path}")
     if len(matched) == 1:
         return group(matched[0])
-    return _grouped(_by_their_folders([_item(p, p.is_dir()) for p in matched]), path)
+    return _matched(matched, path)
 
 
-def group_files(paths: Sequence[Path]) -> list[Entry]:
-    """The checkpoints among several files, as if a pattern had fitted them all: a shell puts files in a pattern's place.
+def group_listed(paths: Sequence[Path]) -> list[Entry]:
+    """The checkpoints among several files, or folders of ranks, as if a pattern had fitted them all: a shell puts them in a pattern's place.
 
     Raises:
         CheckpointError: as `group`.
     """
-    return _grouped(
-        _by_their_folders([_item(path, False) for path in paths]), Path(f"{paths[0]} and {len(paths) - 1} more")
-    )
+    return _matched(paths, Path(f"{paths[0]} and {len(paths) - 1} more"))
+
+
+def are_ranks(paths: Sequence[Path]) -> bool:
+    """Whether paths are the folders of several ranks."""
+    return all(path.is_dir() for path in paths) and bool(_in_rank_folders([_item(path, True) for path in paths]))
+
+
+def _matched(paths: Sequence[Path], given: Path) -> list[Entry]:
+    """The checkpoints among what fits a pattern."""
+    items = [_item(path, path.is_dir()) for path in paths]
+    entries = _grouped([*_by_their_folders(items), *_in_rank_folders(items)], given)
+    if entries[0].paths == (given,):
+        raise CheckpointError(
+            f"{given} fits no file or folder that is known by its name to be a checkpoint: {_some(items)}; give one of them"
+        )
+    return entries
 
 
 def _alone(named: Path, paths: tuple[Path, ...]) -> Entry:
@@ -182,19 +198,21 @@ def _item(path: Path, is_folder: bool) -> _Item:
 
 
 def _in_rank_folders(items: Sequence[_Item]) -> list[_Item]:
-    """The files in folders that are called by ranks: by a word and a number, or by the numbers from 0 alone."""
+    """What lies in folders that are called by ranks, by a word and a number or by the numbers from 0 alone: files, folders of steps, or all of it."""
     folders = [(rank, item) for item in items if item.is_folder and (rank := folder_rank(item.path.name)) is not None]
     plain = sorted(rank for rank, item in folders if item.path.name.isdigit())
     if len(folders) < 2 or (plain and plain != list(range(len(folders)))):
         return []
-    found = []
+    found: list[_Item] = []
     for rank, folder in folders:
         inner = _listed(folder.path)
         if _whole(inner):
-            return []
-        found += [
-            replace(item, rank=rank) for item in inner if not item.is_folder and item.is_weights and item.rank is None
-        ]
+            found.append(replace(folder, rank=rank, number=None, counts=None, is_part=True))
+            continue
+        files = [item for item in inner if not item.is_folder and item.is_weights]
+        steps = [item for item in inner if item.is_folder and item.counts is not None and item.is_weights]
+        found += [replace(item, rank=rank) for item in files if item.rank is None]
+        found += [] if files else [replace(item, rank=rank, is_part=True) for item in steps]
     return found
 
 
@@ -216,9 +234,13 @@ def _by_their_folders(items: Sequence[_Item]) -> list[_Item]:
 
 def _grouped(items: Sequence[_Item], given: Path) -> list[Entry]:
     """Entries of what lies in one folder, or fits one pattern."""
-    in_ranks = any(not item.is_folder and item.path.parent != given and item.rank is not None for item in items)
+    in_ranks = any(
+        item.is_part or (not item.is_folder and item.path.parent != given and item.rank is not None) for item in items
+    )
     weights = [
-        item for item in items if item.is_weights and (not item.is_folder or (item.counts is not None and not in_ranks))
+        item
+        for item in items
+        if item.is_weights and (_is_file_or_part(item) or (item.counts is not None and not in_ranks))
     ]
     counted = [item for item in weights if item.counts is not None and not item.is_special]
     counts: Counts = next(
@@ -245,6 +267,10 @@ def _grouped(items: Sequence[_Item], given: Path) -> list[Entry]:
     return [Entry(number, _paths(by_number[number]), counts, notes) for number in sorted(by_number)]
 
 
+def _is_file_or_part(item: _Item) -> bool:
+    return item.is_part or not item.is_folder
+
+
 def _paths(items: Sequence[_Item]) -> tuple[Path, ...]:
     """The files of one checkpoint, by rank; those in a folder where it holds files of several ranks, or one file."""
     if len(items) > 1 or not items[0].is_folder:
@@ -253,7 +279,7 @@ def _paths(items: Sequence[_Item]) -> tuple[Path, ...]:
     inner = _listed(folder)
     if _whole(inner):
         return (folder,)
-    held = _one_of([item for item in (*inner, *_in_rank_folders(inner)) if item.is_weights and not item.is_folder])
+    held = _one_of([item for item in (*inner, *_in_rank_folders(inner)) if item.is_weights and _is_file_or_part(item)])
     return tuple(item.path for item in held) or (folder,)
 
 
@@ -271,7 +297,7 @@ def _one_of(items: Sequence[_Item]) -> list[_Item]:
 
 def _single(items: Sequence[_Item], given: Path) -> Entry:
     """The one checkpoint among files whose names tell no step."""
-    held = _one_of([item for item in items if not item.is_folder])
+    held = _one_of([item for item in items if _is_file_or_part(item)])
     if len(held) == 1 and (held[0].size or 0) > 1:
         raise CheckpointError(
             f"of {held[0].size} processes' files only {held[0].path.name} is in {given}: the others are missing; give the file itself to read that learner"
@@ -332,7 +358,10 @@ def _passed_over(others: Sequence[_Item], companions: Sequence[_Item]) -> tuple[
 
 
 def _some(items: Iterable[_Item]) -> str:
-    names = [item.path.name[:100] for item in items]
+    """Names of some items, with their folders where names are the same."""
+    paths = [item.path for item in items]
+    several = len({path.name for path in paths}) < len(paths)
+    names = [f"{path.parent.name[:100]}/{path.name[:100]}" if several else path.name[:100] for path in paths]
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 

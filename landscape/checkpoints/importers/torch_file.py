@@ -141,6 +141,10 @@ def _begins_legacy(path: Path) -> bool:
 
 def _check_archive(file: Any, source: str, size: int, given: Any) -> None:
     """Refuse an archive whose members are compressed, overlap its bounds, or whose structure names what may not be made."""
+    if not zipfile.is_zipfile(file):  # which looks for the table of contents at its end alone
+        raise CheckpointError(
+            f"{source} is cut short, or no zip archive as torch.save writes it: it has no table of contents at its end; copy or save it again"
+        )
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

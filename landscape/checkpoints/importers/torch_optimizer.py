@@ -61,6 +61,15 @@ def optimizer_state(
     return OptimizerState(_whose(slots, groups, names, notes), facts, num_parameters(content)), notes
 
 
+def is_optimizer(value: object) -> bool:
+    """Whether a value has exactly the shape of an optimizer's state_dict."""
+    if not isinstance(value, dict) or len(value) != 2:
+        return False
+    table = entries(value)
+    groups = _listed(table.get("param_groups"))
+    return isinstance(table.get("state"), dict) and bool(groups) and all("params" in entries(group) for group in groups)
+
+
 def num_parameters(content: object) -> int | None:
     """How many parameters an optimizer's state_dict numbers; None where it is none."""
     groups = [entries(group) for group in _listed(entries(content).get("param_groups"))]

@@ -20,7 +20,7 @@ from landscape.checkpoints.importers.loaded import (
     rate_in,
     step_in,
 )
-from landscape.checkpoints.importers.torch_optimizer import optimizer_state
+from landscape.checkpoints.importers.torch_optimizer import is_optimizer, optimizer_state
 
 MODELS = (
     "model",
@@ -86,9 +86,6 @@ def state_of(content: object, path: Path, source: str) -> State | None:
     step, facts = (step_in(table, notes), facts_in(table, notes)) if inside else (None, {})
     if optimizer is None and inside:
         facts |= rate_in(table, notes)
-    if step is None and optimizer is not None and "optimizer_step" in optimizer.facts:
-        step = optimizer.facts["optimizer_step"]
-        notes.append("its step is the optimizer's count of its own")
     averaged = _averaged(inside, found)
     if averaged and optimizer is not None:
         notes.append("the optimizer's state was left out: it belongs to the weights of the step, not to their average")
@@ -155,7 +152,33 @@ def _optimizer(table: Mapping[str, Any], names: list[str], path: Path) -> tuple[
             state, notes = optimizer_state(table[name], names, path)
             if state is not None or notes:
                 return state, notes
-    return None, []
+    others = _optimizers_elsewhere(table)
+    if len(others) == 1:
+        where, content = next(iter(others.items()))
+        state, notes = optimizer_state(content, names, path)
+        return state, [*notes, f"what is under {where} was taken for the optimizer's state, by its shape"]
+    if others:
+        return None, [
+            f"the state of {len(others)} optimizers was left out ({_some(list(others))}): only one can be told to belong to the parameters"
+        ]
+    unread = [
+        name for name, held in table.items() if "optim" in name.lower() and isinstance(held, dict | list) and held
+    ]
+    return None, [
+        f"what is under {_some(unread)} was not read: it is no state_dict of an optimizer of torch's"
+    ] if unread else []
+
+
+def _optimizers_elsewhere(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What has exactly the shape of an optimizer's state_dict, at the top or one level below, by where it is."""
+    found: dict[str, Any] = {}
+    for name, held in list(table.items())[:LARGEST_TABLE]:
+        inner = list(enumerate(held)) if isinstance(held, list | tuple) else list(entries(held).items())
+        places = [(name, held), *((f"{name}.{key}", value) for key, value in inner[:LARGEST_TABLE])]
+        for where, value in places:
+            if is_optimizer(value) and not any(value is other for other in found.values()):
+                found[where] = value
+    return found
 
 
 def _averaged(inside: tuple[str, ...], tensors: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 import pathlib
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from landscape.checkpoints.find import find_one
 from landscape.checkpoints.format import CheckpointError
 from landscape.checkpoints.importers import plain
 from landscape.checkpoints.importers.found import Found
@@ -143,8 +145,45 @@ def test_adam_s_moments_and_its_count_of_steps_are_read(tmp_path: Path) -> None:
         "betas": [0.9, 0.999],
         "optimizer_step": 4,
     }
+    assert read.step is None
+    read = find_one([tmp_path])
     assert read.step == 4
     assert "its step is the optimizer's count of its own" in said(read)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda s: {"opt_sgd": s},
+        lambda s: {"optimiser": s},
+        lambda s: {"optim": {"sgd": s}},
+        lambda s: {"training": {"adam": s, "epoch": 1}},
+        lambda s: {"solvers": [s]},
+        lambda s: {"opt_a": s, "opt_b": s},
+    ],
+)
+def test_an_optimizer_is_known_by_its_shape_wherever_it_is(tmp_path: Path, place: Any) -> None:
+    module, optimizer = trained()
+    read = found({"model": module.state_dict(), **place(optimizer.state_dict())}, tmp_path)
+    state = read.models[0].optimizer
+    assert state is not None
+    assert_same(state.slots["exp_avg"], {i: optimizer.state[p]["exp_avg"] for i, p in enumerate(module.parameters())})
+    assert state.facts["learning_rate"] == 0.01
+    assert "was taken for the optimizer's state, by its shape" in said(read)
+
+
+@pytest.mark.parametrize(
+    ("more", "note"),
+    [
+        ({"opt": {"g": trained()[1].state_dict(), "d": trained()[1].state_dict()}}, r"2 optimizers was left out \(opt\.g, opt\.d\)"),
+        ({"my_optim": {"velocity": [1.0]}}, "what is under my_optim was not read: it is no state_dict of an optimizer"),
+        ({"optimizer": {"state": {}, "param_groups": 5}}, "what is under optimizer was not read"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_that_is_not_read_is_noted(tmp_path: Path, more: dict[str, Any], note: str) -> None:
+    read = found({"model": trained()[0].state_dict(), **more}, tmp_path)
+    assert read.models[0].optimizer is None
+    assert re.search(note, said(read))
 
 
 def named(module: nn.Module, *, prefix: str = "", groups: int = 1) -> torch.optim.Optimizer:
@@ -336,7 +375,7 @@ def test_learners_keep_their_optimizers(tmp_path: Path) -> None:
     read = found(
         {"learners": [{"model": m.state_dict(), "optimizer": o.state_dict()} for m, o in made], "epoch": 3}, tmp_path
     )
-    assert (read.step, read.facts) == (4, {"epoch": 3, "num_learners": 2})
+    assert (find_one([tmp_path]).step, read.facts) == (4, {"epoch": 3, "num_learners": 2})
     for model, (module, optimizer) in zip(read.models, made, strict=True):
         assert model.optimizer is not None
         assert_same(

@@ -14,7 +14,7 @@ from landscape.checkpoints.find import entries, find
 from landscape.checkpoints.format import CheckpointError
 from landscape.checkpoints.importers import series
 from landscape.checkpoints.importers.file_names import parse
-from landscape.checkpoints.importers.series import Entry, group, group_files
+from landscape.checkpoints.importers.series import Entry, group, group_listed
 from tests.checkpoints.importers.fixtures_torch import Untied, assert_same, written
 
 
@@ -78,6 +78,7 @@ WHOLE = [
     ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"], ["config.json", "model.safetensors"], ["model-00001-of-00002.safetensors", "model.safetensors.index.json"],
     ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"], ["state.json", "learner-00000-of-00001.safetensors"],
     ["learner-00000-of-00002.safetensors", "learner-00001-of-00002.safetensors"], ["run.json", "checkpoints/step-00000001/state.json"],
+    ["shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors"],
 ]  # fmt: skip
 
 
@@ -199,13 +200,13 @@ def test_patterns_choose_among_files(tmp_path: Path) -> None:
 def test_listed_files_are_grouped_as_by_a_pattern(tmp_path: Path) -> None:
     names = ["a_5_rank0.pt", "a_5_rank1.pt", "a_7_rank0.pt", "a_7_rank1.pt"]
     folder = filled(tmp_path, [*names, "run/0/w.pt", "run/1/w.pt", "net_3.pt", "net_4.pt"])
-    found = group_files([folder / name for name in names])
+    found = group_listed([folder / name for name in names])
     assert [(entry.step, [path.name for path in entry.paths]) for entry in found] == [(5, names[:2]), (7, names[2:])]
-    assert [entry.step for entry in group_files([folder / "net_4.pt", folder / "net_3.pt"])] == [3, 4]
+    assert [entry.step for entry in group_listed([folder / "net_4.pt", folder / "net_3.pt"])] == [3, 4]
     ranks = [folder / "run" / str(rank) / "w.pt" for rank in range(2)]
-    assert group_files(ranks) == [Entry(None, tuple(ranks))]
+    assert group_listed(ranks) == [Entry(None, tuple(ranks))]
     with pytest.raises(CheckpointError, match="names tell no step"):
-        group_files([folder / "x.pt", folder / "y.pt"])
+        group_listed([folder / "x.pt", folder / "y.pt"])
 
 
 @pytest.mark.parametrize(("name", "message"), [("absent", "there is nothing at"), ("no*", "nothing fits"), ("**/x.pt", "goes through any number"), ("a\0b", "cannot be read|nothing at"), ("x" * 5000, "cannot be read|nothing at")])  # fmt: skip
