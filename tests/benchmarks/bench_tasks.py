@@ -47,7 +47,7 @@ FORMS: dict[str, tuple[str, float]] = {
     "cifar10-vgg19": ("cifar10-vgg19@width=1/8,examples=2000", 0.05),
     "cifar10-resnet18": ("cifar10-resnet18@width=1/8,examples=2000", 0.05),
     "cifar10-densenet121": ("cifar10-densenet121@width=1/4,size=16,examples=2000", 0.05),
-    "cifar10-mobilenet": ("cifar10-mobilenet@width=1/4,examples=2000", 0.1),
+    "cifar10-mobilenet": ("cifar10-mobilenet@width=1/4,examples=2000", 0.02),
     "cifar10-mobilenetv2": ("cifar10-mobilenetv2@width=1/4,size=16,examples=2000", 0.05),
     "cifar10-shufflenetv2": ("cifar10-shufflenetv2@width=1/2,size=16,examples=2000", 0.02),
     "cifar10-googlenet": ("cifar10-googlenet@width=1/8,size=16,examples=2000", 0.05),

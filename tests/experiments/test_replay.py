@@ -103,7 +103,7 @@ def test_a_replay_that_was_cut_off_resumes(tiny_task: Task, runs: dict[str, Run]
 
         return dataclasses.replace(tiny_task, loss_fn=loss)
 
-    for after in (0, 1, 40):
+    for after in (1, 2, 40):  # the first call sees whether the data fit
         with pytest.raises(Stop):
             replay(runs["dpsgd-cta"], 8, tmp_path / "cut", order="awc", task=cut(after), resume=True, quiet=True)
         assert open_run(tmp_path / "cut").status == "running"
