@@ -211,7 +211,7 @@ def full_step(name: str, data_root: str) -> dict[str, Any]:
     start = program.initial_state()
     spent, (state, record) = seconds(lambda: program.step(start, torch.ones(1, dtype=torch.bool)))
     return {
-        "data": train.name, "local_batch_size": 2, "seconds": spent, "loss": float(record.losses[0]), "finite": bool(record.alive[0]),
+        "data": train.name.replace(f"{data_root}/", ""), "local_batch_size": 2, "seconds": spent, "loss": float(record.losses[0]), "finite": bool(record.alive[0]),
         "sigma_w": float(program.consensus_distances(state)[0]) / math.sqrt(program.model.layout.num_parameters), "peak_gib": peak() / 2**30,
     }  # fmt: skip
 
@@ -244,8 +244,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the tasks named, or all; keep the rows of the others."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tasks named, or all; keep the rows of the others; 1 where one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="*", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--data-root", default=os.environ.get("LANDSCAPE_DATA_ROOT"))
@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {r["task"]: r for r in json.loads(path.read_text())["rows"]} if path.exists() else {}
     if arguments.row:
         print(json.dumps(row(arguments.row, arguments.data_root)))
-        return
+        return 0
+    failed = False
     if not arguments.table:
         if not arguments.data_root:
             parser.error("name the data sets' folder with --data-root or LANDSCAPE_DATA_ROOT")
@@ -273,12 +274,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             spent, done = seconds(lambda c=command: subprocess.run(c, stdout=subprocess.PIPE, text=True, check=False))
             if done.returncode:
                 print(f"{name}: failed", file=sys.stderr)
+                failed = True
                 continue
             rows[name] = json.loads(done.stdout.splitlines()[-1]) | {"seconds": spent}
             store("tasks_cpu", {"rows": [rows[n] for n in FORMS if n in rows]})
             print(f"{name}: {spent:.0f} s", file=sys.stderr)
     print(table([rows[n] for n in FORMS if n in rows]))
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
