@@ -272,7 +272,7 @@ def write_reproduction_report(
     pd.concat([scorecard(v.groups).assign(run=v.label) for v in views]).to_csv(out / "scorecard.csv", index=False)
     maps = {f"local batch {b}": m for b, m in {runs["dpsgd"].config.local_batch_size: mapped, **others}.items()}
     return write_report(
-        out / REPORT_FILE, views, maps if others else mapped, title="Why decentralised SGD tolerates larger learning rates", conclusions=said,
+        out / REPORT_FILE, views, maps if others else mapped, title="Does decentralised SGD tolerate larger learning rates, and why?", conclusions=said,
         how_to_reproduce=f"landscape reproduce --preset {preset} --out DIR",
     )  # fmt: skip
 
